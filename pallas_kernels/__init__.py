@@ -1,0 +1,1 @@
+"""Kernels over plain arrays. Nothing here knows about `qlora_jax`."""

@@ -1,0 +1,157 @@
+"""Rows of JSON lines files and Hugging Face datasets, brought to one form: a conversation."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from qlora_jax.errors import QloraError, missing
+
+Role = Literal["system", "user", "assistant"]
+ROLES: tuple[Role, ...] = ("system", "user", "assistant")
+# The two fields of a one-turn row: what is asked, what is answered.
+PAIRS = (("prompt", "completion"), ("question", "answer"))
+EXPECTED = (
+    'one of {"messages": [{"role", "content"}, ...]}, {"prompt", "completion"}, '
+    '{"question", "answer"}'
+)
+
+
+@dataclass(frozen=True)
+class Message:
+    """One turn of a conversation."""
+
+    role: Role
+    content: str
+
+
+@dataclass(frozen=True)
+class Example:
+    """A conversation with at least one assistant turn; `where` names its origin in errors."""
+
+    messages: tuple[Message, ...]
+    where: str = "example"
+
+    @property
+    def prompt(self) -> tuple[Message, ...]:
+        """The turns before the last one."""
+        return self.messages[:-1]
+
+    @property
+    def answer(self) -> str:
+        """The text of the last turn, which is the assistant's."""
+        return self.messages[-1].content
+
+
+def _row_error(where: str, problem: str) -> QloraError:
+    return QloraError(f"{where}: {problem}; expected {EXPECTED}")
+
+
+def _parse_messages(value: object, where: str) -> tuple[Message, ...]:
+    if not isinstance(value, (list, tuple)) or not value:
+        raise _row_error(where, "'messages' must be a list with at least one message")
+    messages: list[Message] = []
+    for number, item in enumerate(value):
+        if not isinstance(item, Mapping):
+            raise _row_error(where, f"message {number} is {type(item).__name__}, not an object")
+        role, content = item.get("role"), item.get("content")
+        if role not in ROLES:
+            raise _row_error(where, f"message {number} has role {role!r}, not one of {ROLES}")
+        if not isinstance(content, str):
+            raise _row_error(where, f"message {number} has no text in 'content'")
+        messages.append(Message(role, content))
+    if messages[-1].role != "assistant":
+        raise _row_error(where, f"the last message is the {messages[-1].role}'s, not an answer")
+    return tuple(messages)
+
+
+def parse_row(row: object, where: str) -> Example:
+    """One row to one Example.
+
+    Raises QloraError, beginning with `where`, if the row has none of the accepted forms or an empty answer.
+    """
+    if not isinstance(row, Mapping):
+        raise _row_error(where, f"a row must be an object, not {type(row).__name__}")
+    if "messages" in row:
+        messages = _parse_messages(row["messages"], where)
+    else:
+        pair = next((pair for pair in PAIRS if all(name in row for name in pair)), None)
+        if pair is None:
+            raise _row_error(where, f"found the fields {sorted(map(str, row))}")
+        for name in pair:
+            if not isinstance(row[name], str):
+                raise _row_error(where, f"{name!r} is {type(row[name]).__name__}, not text")
+        messages = (Message("user", row[pair[0]]), Message("assistant", row[pair[1]]))
+    if not messages[-1].content:
+        raise _row_error(where, "the answer is empty")
+    return Example(messages, where)
+
+
+def rows_to_examples(rows: Iterable[object], name: str = "rows") -> list[Example]:
+    """Any iterable of mappings, a `datasets.Dataset` included, to Examples.
+
+    Raises QloraError naming the row's number on the first bad row, or if there is no row.
+    """
+    examples = [parse_row(row, f"{name}, row {number}") for number, row in enumerate(rows)]
+    if not examples:
+        raise QloraError(f"{name}: no examples; expected {EXPECTED}")
+    return examples
+
+
+def _read_json_lines(path: Path) -> list[Example]:
+    examples: list[Example] = []
+    with path.open(encoding="utf-8") as file:
+        try:
+            for number, line in enumerate(file, start=1):
+                if not line.strip():
+                    continue
+                where = f"{path}, line {number}"
+                try:
+                    row: Any = json.loads(line)
+                except json.JSONDecodeError as error:
+                    raise QloraError(
+                        f"{where}: not JSON ({error.msg} at column {error.colno}); "
+                        f"expected a JSON object a line, {EXPECTED}"
+                    ) from error
+                examples.append(parse_row(row, where))
+        except UnicodeDecodeError as error:
+            raise QloraError(f"{path}: not UTF-8 text ({error.reason})") from error
+    if not examples:
+        raise QloraError(f"{path}: no examples; expected a JSON object a line, {EXPECTED}")
+    return examples
+
+
+def _load_dataset(name: str, split: str) -> list[Example]:
+    try:
+        import datasets
+    except ModuleNotFoundError as error:
+        raise missing("datasets", f"reading the dataset {name!r}", "datasets") from error
+    # "owner/name:config" selects a configuration, as in openai/gsm8k:main.
+    repository, _, config = name.partition(":")
+    try:
+        rows = datasets.load_dataset(repository, config or None, split=split)
+    except (OSError, ValueError) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise QloraError(
+            f"{name}: neither a file here nor a dataset that could be loaded ({reason})"
+        ) from error
+    return rows_to_examples(rows, f"{name}[{split}]")
+
+
+def read_examples(source: str | Path, split: str = "train") -> list[Example]:
+    """Reads a JSON lines file, or a dataset of the Hugging Face Hub ("owner/name[:config]").
+
+    Blank lines are skipped. Raises FileNotFoundError for a path that is not there, and QloraError with file and line number
+    for the first row that cannot be used.
+    """
+    path = Path(source)
+    if path.is_file():
+        return _read_json_lines(path)
+    if path.is_dir():
+        raise QloraError(f"{path}: a folder; expected a JSON lines file or a dataset's name")
+    if path.suffix in {".jsonl", ".json"} or path.is_absolute() or str(source).count("/") > 1:
+        raise FileNotFoundError(f"{path}: no such file")
+    return _load_dataset(str(source), split)

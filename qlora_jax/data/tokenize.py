@@ -1,0 +1,176 @@
+"""Conversations to token ids, with labels on the assistant's answers only.
+
+The mask is found by tokenizing prefixes: the conversation up to an answer, with the template's generation prompt, must tokenize to a
+prefix of the whole conversation's ids. So the model is trained at exactly the place where generation starts, or there is an error.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, overload
+
+import numpy as np
+
+from qlora_jax.data.examples import Example, Message
+from qlora_jax.errors import QloraError
+
+# Positions with this label do not count in the loss (the value PyTorch's cross-entropy ignores).
+IGNORE = -100
+
+Template = Literal["auto", "chat", "plain"]
+
+
+@dataclass(frozen=True, eq=False)
+class TokenizedExample:
+    """input_ids [T] and labels [T], int32. labels[t] is input_ids[t] or IGNORE: not shifted."""
+
+    input_ids: np.ndarray
+    labels: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.input_ids)
+
+
+@dataclass(frozen=True)
+class TokenizedDataset(Sequence[TokenizedExample]):
+    """Tokenized examples, and what max_length did to them.
+
+    cut: examples shortened on the right. dropped: examples left out because nothing of the answer remained.
+    """
+
+    examples: tuple[TokenizedExample, ...]
+    pad_id: int
+    cut: int = 0
+    dropped: int = 0
+
+    def __len__(self) -> int:
+        return len(self.examples)
+
+    @overload
+    def __getitem__(self, index: int) -> TokenizedExample: ...
+    @overload
+    def __getitem__(self, index: slice) -> tuple[TokenizedExample, ...]: ...
+    def __getitem__(self, index: int | slice) -> TokenizedExample | tuple[TokenizedExample, ...]:
+        return self.examples[index]
+
+    def __iter__(self) -> Iterator[TokenizedExample]:
+        return iter(self.examples)
+
+    @property
+    def answer_tokens(self) -> int:
+        """How many positions count in the loss."""
+        return sum(int(np.sum(example.labels != IGNORE)) for example in self.examples)
+
+    def __repr__(self) -> str:
+        return (
+            f"TokenizedDataset({len(self)} examples, {sum(map(len, self.examples))} tokens, "
+            f"{self.answer_tokens} in answers, {self.cut} cut, {self.dropped} dropped)"
+        )
+
+
+def encode(tokenizer: Any, text: str) -> list[int]:
+    """Token ids of `text`, with nothing added: templates carry their own special tokens."""
+    return list(tokenizer(text, add_special_tokens=False)["input_ids"])
+
+
+def render(tokenizer: Any, messages: Sequence[Message], *, generation_prompt: bool) -> str:
+    """`messages` through the tokenizer's chat template, as text."""
+    return tokenizer.apply_chat_template(
+        [{"role": message.role, "content": message.content} for message in messages],
+        tokenize=False,
+        add_generation_prompt=generation_prompt,
+    )
+
+
+def uses_chat(tokenizer: Any, template: Template) -> bool:
+    """Whether `template` means the tokenizer's chat template ("auto": if it has one)."""
+    has_template = getattr(tokenizer, "chat_template", None) is not None
+    if template == "chat" and not has_template:
+        raise QloraError("the tokenizer has no chat template; use template 'plain'")
+    return has_template if template == "auto" else template == "chat"
+
+
+def encode_prompt(
+    tokenizer: Any, messages: Sequence[Message], template: Template = "auto"
+) -> list[int]:
+    """The ids after which the model answers: what generation starts from."""
+    if uses_chat(tokenizer, template):
+        return encode(tokenizer, render(tokenizer, messages, generation_prompt=True))
+    begin = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
+    return begin + encode(tokenizer, "\n".join(message.content for message in messages))
+
+
+def _label_chat(tokenizer: Any, example: Example) -> tuple[list[int], list[int]]:
+    whole = render(tokenizer, example.messages, generation_prompt=False)
+    ids = encode(tokenizer, whole)
+    labels = [IGNORE] * len(ids)
+    for turn, message in enumerate(example.messages):
+        if message.role != "assistant":
+            continue
+        before = render(tokenizer, example.messages[:turn], generation_prompt=True)
+        after = render(tokenizer, example.messages[: turn + 1], generation_prompt=False)
+        start, end = encode(tokenizer, before), encode(tokenizer, after)
+        if ids[: len(start)] != start or ids[: len(end)] != end or len(start) >= len(end):
+            raise QloraError(
+                f"{example.where}: the chat template does not keep the text before message {turn} "
+                "as a prefix of the whole conversation, so its answer cannot be told apart; "
+                "split the conversation into one row for each answer"
+            )
+        stop = len(end)
+        # What a template writes after the end-of-turn token is never generated: leave it out.
+        for place in range(len(start), len(end)):
+            if ids[place] == tokenizer.eos_token_id:
+                stop = place + 1
+        labels[len(start) : stop] = ids[len(start) : stop]
+    return ids, labels
+
+
+def _label_plain(tokenizer: Any, example: Example) -> tuple[list[int], list[int]]:
+    if any(message.role == "assistant" for message in example.prompt):
+        raise QloraError(
+            f"{example.where}: a conversation of several answers needs a chat template"
+        )
+    prompt = encode_prompt(tokenizer, example.prompt, "plain")
+    answer = encode(tokenizer, example.answer)
+    if tokenizer.eos_token_id is not None:
+        answer.append(tokenizer.eos_token_id)
+    return prompt + answer, [IGNORE] * len(prompt) + answer
+
+
+def tokenize(
+    examples: Sequence[Example],
+    tokenizer: Any,
+    max_length: int,
+    template: Template = "auto",
+) -> TokenizedDataset:
+    """Tokenizes conversations; every assistant turn, up to and with its end token, is labelled.
+
+    tokenizer: a transformers fast tokenizer. max_length: longer examples are cut on the right, and dropped if no label remains.
+    template: "chat" applies the tokenizer's chat template, "plain" joins prompt and completion, "auto" is "chat" where there is a template.
+    Raises QloraError if the answers cannot be told apart, or if no example is left.
+    """
+    if max_length < 2:
+        raise QloraError(f"max_length must be at least 2, not {max_length}")
+    label = _label_chat if uses_chat(tokenizer, template) else _label_plain
+    kept: list[TokenizedExample] = []
+    cut = dropped = 0
+    for example in examples:
+        ids, labels = label(tokenizer, example)
+        too_long = len(ids) > max_length
+        ids, labels = ids[:max_length], labels[:max_length]
+        # The first position has no predecessor to be predicted from.
+        if all(value == IGNORE for value in labels[1:]):
+            dropped += 1
+            continue
+        cut += too_long
+        kept.append(TokenizedExample(np.asarray(ids, np.int32), np.asarray(labels, np.int32)))
+    if not kept:
+        raise QloraError(
+            f"none of {len(examples)} examples has a part of its answer within "
+            f"max_length={max_length} tokens"
+        )
+    pad_id = next(
+        (i for i in (tokenizer.pad_token_id, tokenizer.eos_token_id) if i is not None), 0
+    )
+    return TokenizedDataset(tuple(kept), pad_id, cut, dropped)

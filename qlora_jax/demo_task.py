@@ -1,0 +1,177 @@
+"""The demo's task, made by a seeded generator: order notes in plain English to strict records.
+
+A record is one line of JSON in a compact house schema that cannot be guessed from the sentence:
+
+    Record: On 14 March Maria Lopez bought three lamps in Lisbon for 42.50 euros.
+    {"t":"B","p":"Lopez/Maria","q":"3*lamps","l":"Lisbon","d":"0314","v":4250}
+
+t: B bought, R returned. p: family name first. q: count*item. l: the city. d: month and day. v: cents.
+The test split has its own sentence templates and its own names, items and cities: none of them occurs in training.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from random import Random
+from typing import Literal
+
+from qlora_jax.errors import QloraError
+
+Split = Literal["train", "test"]
+
+
+@dataclass(frozen=True)
+class Words:
+    """What a split's sentences are made of. Templates are (t, sentence) pairs."""
+
+    templates: tuple[tuple[str, str], ...]
+    first_names: tuple[str, ...]
+    family_names: tuple[str, ...]
+    items: tuple[str, ...]
+    cities: tuple[str, ...]
+
+
+MONTHS = (
+    "January", "February", "March", "April", "May", "June", "July", "August", "September",
+    "October", "November", "December",
+)  # fmt: skip
+NUMBERS = ("two", "three", "four", "five", "six", "seven", "eight", "nine")
+
+TRAIN = Words(
+    templates=(
+        ("B", "On {date} {who} bought {n} {items} in {city} for {v} euros."),
+        ("B", "{who} from {city} bought {n} {items} on {date} and paid {v} euros."),
+        ("B", "{who} ordered {n} {items} on {date} for EUR {v}, to be sent to {city}."),
+        ("B", "For {v} euros, {who} bought {n} {items} in {city} on {date}."),
+        ("B", "{date}, {city}: {who} orders {n} {items} at a price of {v} euros."),
+        ("B", "We sold {n} {items} to {who} in {city} on {date} for {v} euros."),
+        ("B", "An order of {n} {items} by {who}, {city}, came in on {date}: €{v}."),
+        ("B", "Our shop in {city} sold {who} {n} {items} for €{v} on {date}."),
+        ("B", "{n} {items} were ordered by {who} from {city} on {date}, for {v} euros."),
+        ("B", "{v} euros were paid by {who} for {n} {items} in {city} on {date}."),
+        ("B", "Please book a sale: {n} {items}, {who}, {city}, {date}, {v} euros."),
+        ("B", "In {city}, {who} paid €{v} for {n} {items} on {date}."),
+        ("B", "{who} would like {n} {items} for {v} euros, delivered to {city} on {date}."),
+        ("B", "Sale on {date}. Customer {who}, {city}; {n} {items}; EUR {v}."),
+        ("B", "New order from {city}: {who} takes {n} {items} for {v} euros on {date}."),
+        ("B", "On {date} in {city}, EUR {v} bought {who} {n} {items}."),
+        ("R", "On {date} {who} returned {n} {items} in {city} and got back {v} euros."),
+        ("R", "{who} from {city} sent back {n} {items} on {date}, worth {v} euros."),
+        ("R", "We refunded {v} euros to {who} on {date} for {n} {items} from {city}."),
+        ("R", "{n} {items} came back from {who} in {city} on {date}: refund EUR {v}."),
+        ("R", "Return on {date}: {who}, {city}, {n} {items}, €{v}."),
+        ("R", "In {city}, {who} returned {n} {items} on {date} for a refund of €{v}."),
+        ("R", "{who} did not like the {n} {items} and sent them back from {city} on {date}, {v} euros."),
+        ("R", "A refund of {v} euros went to {who}, {city}, on {date} for {n} {items}."),
+        ("R", "{date}, {city}: {who} brings back {n} {items} and gets {v} euros."),
+        ("R", "Our shop in {city} took back {n} {items} from {who} on {date} for {v} euros."),
+        ("R", "The {n} {items} of {who} from {city} were returned on {date}; we owe EUR {v}."),
+        ("R", "Refund EUR {v}, {n} {items}, {city}, {date}, customer {who}."),
+        ("R", "For the {n} {items} returned on {date}, {who} in {city} gets {v} euros."),
+        ("R", "€{v} back to {who} for {n} {items} that arrived from {city} on {date}."),
+    ),
+    first_names=(
+        "Maria", "James", "Anna", "Peter", "Laura", "David", "Sofia", "Thomas", "Emma", "Daniel",
+        "Julia", "Robert", "Clara", "Simon", "Nina", "Victor", "Alice", "Oscar", "Helen", "Martin",
+        "Ines", "Felix", "Diana", "Hugo", "Rosa", "Liam", "Teresa", "Adam", "Ruth", "Paul",
+    ),
+    family_names=(
+        "Lopez", "Smith", "Novak", "Jansen", "Rossi", "Weber", "Silva", "Brown", "Keller", "Moreau",
+        "Larsen", "Garcia", "Kowalski", "Murphy", "Costa", "Fischer", "Green", "Dubois", "Ivanov",
+        "Hill", "Santos", "Baker", "Lind", "Romano", "Cooper", "Vega", "Bauer", "Petit", "Okafor",
+        "Tanaka",
+    ),
+    items=(
+        "lamps", "chairs", "books", "candles", "mugs", "carpets", "clocks", "bottles", "pillows",
+        "tables", "plates", "mirrors", "baskets", "towels", "knives", "radios", "jackets", "pens",
+        "blankets", "bicycles", "notebooks", "umbrellas", "spoons", "ladders", "hammers", "tents",
+    ),
+    cities=(
+        "Lisbon", "Madrid", "Paris", "Vienna", "Oslo", "Berlin", "Rome", "Dublin", "Prague",
+        "Athens", "Warsaw", "Boston", "Toronto", "Geneva", "Milan", "Helsinki", "Chicago", "Lyon",
+        "Porto", "Seville", "Hamburg", "Denver", "Glasgow", "Turin", "Bergen", "Krakow",
+    ),
+)  # fmt: skip
+
+TEST = Words(
+    templates=(
+        ("B", "{who} went to {city} on {date} and bought {n} {items} for {v} euros."),
+        ("B", "Order for {who} in {city}: {n} {items}, EUR {v}, placed on {date}."),
+        ("B", "On {date}, we sold {n} {items} for {v} euros to {who} from {city}."),
+        ("B", "Today, {date}, {who} paid {v} euros for {n} {items} in our {city} shop."),
+        ("B", "{n} {items} for {who}, sold in {city} on {date} at €{v}."),
+        ("R", "{who} returned {n} {items} to our shop in {city} on {date} and received {v} euros."),
+        ("R", "On {date}, a refund of EUR {v} for {n} {items} was sent to {who} in {city}."),
+        ("R", "From {city}, {who} sent back {n} {items} for {v} euros on {date}."),
+    ),
+    first_names=(
+        "George", "Elena", "Frank", "Sarah", "Oliver", "Grace", "Henry", "Lucy", "Marco", "Jane",
+    ),
+    family_names=(
+        "Taylor", "Schmidt", "Martinez", "Wilson", "Ferrari", "Hansen", "Walker", "Klein", "Clark",
+        "Perez",
+    ),
+    items=(
+        "shirts", "cameras", "boxes", "desks", "gloves", "glasses", "phones", "hats", "balls",
+        "bags",
+    ),
+    cities=(
+        "London", "Amsterdam", "Munich", "Brussels", "Zurich", "Stockholm", "Seattle", "Naples",
+        "Budapest", "Montreal",
+    ),
+)  # fmt: skip
+
+
+def _make_example(words: Words, random: Random) -> dict[str, str]:
+    kind, template = random.choice(words.templates)
+    first, family = random.choice(words.first_names), random.choice(words.family_names)
+    item, city = random.choice(words.items), random.choice(words.cities)
+    count = random.randint(2, 9)
+    # 28 days, so that every day exists in every month.
+    month, day = random.randint(1, 12), random.randint(1, 28)
+    cents = random.randint(5, 950) * 100 + random.choice((0, 20, 50, 80, 90, 95, 99))
+    name = MONTHS[month - 1]
+    sentence = template.format(
+        who=f"{first} {family}",
+        n=random.choice((str(count), NUMBERS[count - 2])),
+        items=item,
+        city=city,
+        date=random.choice((f"{day} {name}", f"{name} {day}")),
+        v=f"{cents // 100}.{cents % 100:02d}",
+    )
+    record = {
+        "t": kind,
+        "p": f"{family}/{first}",
+        "q": f"{count}*{item}",
+        "l": city,
+        "d": f"{month:02d}{day:02d}",
+        "v": cents,
+    }
+    prompt = f"Record: {sentence[0].upper()}{sentence[1:]}"
+    return {"prompt": prompt, "completion": json.dumps(record, separators=(",", ":"))}
+
+
+def make_examples(split: Split, count: int, seed: int = 0) -> list[dict[str, str]]:
+    """`count` different rows {"prompt", "completion"}; the same for the same split, count, and seed."""
+    if split not in ("train", "test"):
+        raise QloraError(f"split must be 'train' or 'test', not {split!r}")
+    random = Random(f"{split}-{seed}")
+    words = TRAIN if split == "train" else TEST
+    rows: dict[str, dict[str, str]] = {}
+    while len(rows) < count:
+        row = _make_example(words, random)
+        rows.setdefault(row["prompt"], row)
+    return list(rows.values())
+
+
+def exact_match(answers: Sequence[str], references: Sequence[str]) -> float:
+    """The share of answers equal to their reference, character for character but for outer space."""
+    if len(answers) != len(references) or not references:
+        raise QloraError(
+            f"need as many answers as references, at least one; "
+            f"got {len(answers)} and {len(references)}"
+        )
+    pairs = zip(answers, references, strict=True)
+    return sum(answer.strip() == reference.strip() for answer, reference in pairs) / len(references)

@@ -1,0 +1,79 @@
+"""Grouped-query attention with rotary positions, and the masks that it uses."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.typing import DTypeLike
+
+from qlora_jax.models.config import LlamaConfig
+from qlora_jax.models.norm import RMSNorm
+from qlora_jax.models.rope import rotate
+
+KeyValue = tuple[jax.Array, jax.Array]
+
+
+class Attention(nnx.Module):
+    """q, k, v, o projections around `jax.nn.dot_product_attention`."""
+
+    def __init__(
+        self, config: LlamaConfig, *, dtype: DTypeLike, param_dtype: DTypeLike, rngs: nnx.Rngs
+    ) -> None:
+        linear = functools.partial(
+            nnx.Linear,
+            dtype=dtype,
+            param_dtype=param_dtype,
+            kernel_init=nnx.initializers.normal(0.02),
+            rngs=rngs,
+        )
+        width = config.hidden_size
+        queries = config.num_attention_heads * config.head_dim
+        keys = config.num_key_value_heads * config.head_dim
+        self.head_dim = config.head_dim
+        self.qk_norm = config.qk_norm
+        self.q_proj = linear(width, queries, use_bias=config.qkv_bias)
+        self.k_proj = linear(width, keys, use_bias=config.qkv_bias)
+        self.v_proj = linear(width, keys, use_bias=config.qkv_bias)
+        self.o_proj = linear(queries, width, use_bias=config.o_bias)
+        if config.qk_norm:
+            self.q_norm = RMSNorm(config.head_dim, config.rms_norm_eps)
+            self.k_norm = RMSNorm(config.head_dim, config.rms_norm_eps)
+
+    def project(
+        self, x: jax.Array, cos: jax.Array, sin: jax.Array
+    ) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """x [B, T, D] -> q [B, T, H, Dh], k and v [B, T, Hkv, Dh], q and k rotated."""
+        split = (*x.shape[:2], -1, self.head_dim)
+        q, k = self.q_proj(x).reshape(split), self.k_proj(x).reshape(split)
+        v = self.v_proj(x).reshape(split)
+        if self.qk_norm:
+            q, k = self.q_norm(q), self.k_norm(k)
+        return rotate(q, cos, sin), rotate(k, cos, sin), v
+
+    def attend(self, q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array | None) -> jax.Array:
+        """q [B, T, H, Dh] over k, v [B, S, Hkv, Dh] -> [B, T, D]; mask None: plainly causal."""
+        out = _attend(q, k, v, mask)
+        return self.o_proj(out.reshape(*out.shape[:2], -1))
+
+
+# Under jax.checkpoint only q, k and v are kept for the backward pass: the T x S probabilities of
+# every layer would be by far the largest residual, and computing them again is cheap.
+# prevent_cse=False: the layers run inside a scan, whose forward and backward loops are separate.
+@functools.partial(jax.checkpoint, prevent_cse=False)
+def _attend(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array | None) -> jax.Array:
+    return jax.nn.dot_product_attention(q, k, v, mask=mask, is_causal=mask is None)
+
+
+def causal_mask(queries: jax.Array, slots: int, valid: jax.Array | None) -> jax.Array:
+    """Which slots each query may see: [1 or B, 1, T, S] bool.
+
+    queries [T] is the slot of each query; valid [B, S] is False on padding.
+    """
+    mask = (jnp.arange(slots)[None, :] <= queries[:, None])[None, None]
+    return mask if valid is None else mask & valid[:, None, None, :]
+
+
+def within_window(queries: jax.Array, slots: int, window: jax.Array) -> jax.Array:
+    """[1, 1, T, S] bool: the slot is one of the last `window` up to and including the query's."""
+    return (queries[:, None] - jnp.arange(slots)[None, :] < window)[None, None]

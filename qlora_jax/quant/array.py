@@ -1,0 +1,153 @@
+"""QuantizedArray: a 4-bit weight that stands in a parameter tree where the dense kernel stood."""
+
+import dataclasses
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from pallas_kernels import reference
+from qlora_jax.errors import QloraError
+from qlora_jax.quant import blockwise
+from qlora_jax.quant.config import CodebookName, QuantConfig, levels
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class QuantizedArray:
+    """A weight W [..., K, N] with W[k, n] = codebook[code[k, n]] * absmax[k // block_size, n].
+
+    codes   uint8 [..., Kp/2, N], packed as pallas_kernels.reference says; Kp: K padded to whole blocks
+    scales  absmax, fp32 [..., Kp/block_size, N]; or its 8-bit codes, uint8 of that shape, with
+    nested  fp32 [..., ceil(Kp/block_size * N / 256)] and
+    offset  fp32 [...] (both None without double quantization)
+
+    Leading axes (stacked layers, experts) are the leaves' own, so that jit, scan, vmap and slicing
+    work as for any pytree. The weight's own axes may be several on either side: k_shape are the
+    contracted ones, n_shape the others, and K, N their products.
+    """
+
+    codes: Any
+    scales: Any
+    nested: Any
+    offset: Any
+    k_shape: tuple[int, ...] = dataclasses.field(metadata={"static": True})
+    n_shape: tuple[int, ...] = dataclasses.field(metadata={"static": True})
+    dtype: Any = dataclasses.field(metadata={"static": True})
+    codebook: CodebookName = dataclasses.field(metadata={"static": True})
+    block_size: int = dataclasses.field(metadata={"static": True})
+
+    @property
+    def batch_shape(self) -> tuple[int, ...]:
+        return tuple(self.codes.shape[:-2])
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return (*self.batch_shape, *self.k_shape, *self.n_shape)
+
+    @property
+    def ndim(self) -> int:
+        return len(self.shape)
+
+    @property
+    def size(self) -> int:
+        return math.prod(self.shape)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that the leaves take; holds for abstract leaves too."""
+        return sum(x.size * np.dtype(x.dtype).itemsize for x in jax.tree.leaves(self))
+
+    @property
+    def double_quant(self) -> bool:
+        return self.nested is not None
+
+    def absmax(self) -> jax.Array:
+        """The scales in fp32 [..., Kp/block_size, N]."""
+        if self.nested is None:
+            return self.scales
+        return blockwise.dequantize_scales(self.scales, self.nested, self.offset)
+
+    def matrix(self, dtype: Any = None) -> jax.Array:
+        """Dense [..., K, N] of `dtype` (the original dtype by default)."""
+        table = jnp.asarray(levels(self.codebook))
+        dense = reference.dequantize(self.codes, self.absmax(), table, dtype or self.dtype)
+        return dense[..., : math.prod(self.k_shape), :]
+
+    def dequantize(self, dtype: Any = None) -> jax.Array:
+        """Dense array of `shape`."""
+        return self.matrix(dtype).reshape(self.shape)
+
+    def __repr__(self) -> str:
+        nested = "+DQ" if self.double_quant else ""
+        bits = 8 * self.nbytes / max(self.size, 1)
+        dtype = np.dtype(self.dtype).name
+        return (
+            f"QuantizedArray({self.codebook.upper()}-{self.block_size}{nested}, "
+            f"shape={self.shape}, dtype={dtype}, {bits:.3f} bits per weight)"
+        )
+
+
+def quantize(
+    x: Any, config: QuantConfig, *, name: str = "weight", axes: tuple[int, int] = (1, 1)
+) -> QuantizedArray:
+    """Quantize x [..., *K axes, *N axes] in blocks along K.
+
+    axes: how many trailing axes are contracted and how many are outputs, e.g. (1, 2) for an
+    attention kernel [D, H, Dh]; all axes before them are stacked weights, each quantized on its own.
+    A ShapeDtypeStruct gives an abstract QuantizedArray. Works under jit; outside it, non-finite
+    elements raise QloraError with `name` (a NaN would silently poison its block).
+    """
+    if isinstance(x, jax.ShapeDtypeStruct):
+        _check(x, name, axes)
+        return jax.eval_shape(lambda: _quantize(jnp.zeros(x.shape, x.dtype), config, axes))
+    x = jnp.asarray(x)
+    _check(x, name, axes)
+    if not isinstance(x, jax.core.Tracer):
+        bad = int(_count_non_finite(x))
+        if bad:
+            raise QloraError(
+                f"{name}: {bad} of {x.size} elements are not finite; a weight with NaN or Inf cannot be quantized"
+            )
+        return _quantize_jit(x, config, axes)
+    return _quantize(x, config, axes)
+
+
+def _check(x: Any, name: str, axes: tuple[int, int]) -> None:
+    if not jnp.issubdtype(x.dtype, jnp.floating):
+        raise QloraError(f"{name}: only floating-point weights can be quantized, got {x.dtype}")
+    if x.ndim < sum(axes) or 0 in x.shape:
+        raise QloraError(
+            f"{name}: cannot quantize shape {x.shape} with {axes[0]} contracted and {axes[1]} output axes"
+        )
+
+
+def _quantize(x: jax.Array, config: QuantConfig, axes: tuple[int, int]) -> QuantizedArray:
+    lead = x.ndim - sum(axes)
+    k_shape, n_shape = x.shape[lead : lead + axes[0]], x.shape[lead + axes[0] :]
+    matrix = x.reshape(*x.shape[:lead], math.prod(k_shape), math.prod(n_shape))
+    codes, absmax = blockwise.absmax_codes(matrix, config.codebook, config.block_size)
+    scales, nested, offset = absmax, None, None
+    if config.double_quant:
+        scales, nested, offset = blockwise.quantize_scales(absmax)
+    return QuantizedArray(
+        codes=reference.pack(codes, config.block_size),
+        scales=scales,
+        nested=nested,
+        offset=offset,
+        k_shape=k_shape,
+        n_shape=n_shape,
+        dtype=x.dtype,
+        codebook=config.codebook,
+        block_size=config.block_size,
+    )
+
+
+_quantize_jit = jax.jit(_quantize, static_argnums=(1, 2))
+
+
+@jax.jit
+def _count_non_finite(x: jax.Array) -> jax.Array:
+    return jnp.sum(~jnp.isfinite(x))

@@ -1,0 +1,67 @@
+"""Which parameters of a tree are quantized, and how their axes are read."""
+
+import dataclasses
+import re
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+
+from qlora_jax.quant.array import QuantizedArray, quantize
+from qlora_jax.quant.config import QuantConfig
+
+LINEAR_KERNEL = r"(.*/)?kernel"
+"""Paths of the kernels of flax's linear layers."""
+
+OUTPUT_HEAD = r"(.*/)?(lm_head|embed_out|output_head|score|classifier)/.*"
+"""Paths of output heads: small next to the rest, and the layer most hurt by rounding."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Policy:
+    """Selects parameters by path ("layers/mlp/up_proj/kernel"), by whole-path regular expressions.
+
+    include / exclude: the default takes every linear kernel but the output head; embeddings are no
+    kernels. axes: path pattern -> (contracted axes, output axes) for kernels that are not [..., K, N],
+    e.g. {r".*/query/kernel": (1, 2)}; the first pattern that matches counts.
+    """
+
+    include: str = LINEAR_KERNEL
+    exclude: str = OUTPUT_HEAD
+    axes: Mapping[str, tuple[int, int]] = dataclasses.field(default_factory=dict)
+
+    def selects(self, path: str, shape: tuple[int, ...]) -> bool:
+        """Whether the parameter of this path and shape is quantized."""
+        if len(shape) < sum(self.axes_of(path)):
+            return False
+        return bool(re.fullmatch(self.include, path)) and not re.fullmatch(self.exclude, path)
+
+    def axes_of(self, path: str) -> tuple[int, int]:
+        return next((v for p, v in self.axes.items() if re.fullmatch(p, path)), (1, 1))
+
+
+def path_str(path: Any) -> str:
+    """A key path of jax.tree_util as "a/b/c"."""
+    return jax.tree_util.keystr(path, simple=True, separator="/")
+
+
+def is_quantized(x: Any) -> bool:
+    return isinstance(x, QuantizedArray)
+
+
+def quantize_tree(params: Any, config: QuantConfig, policy: Policy | None = None) -> Any:
+    """The tree with every selected leaf quantized; abstract leaves give abstract results."""
+    policy = policy or Policy()
+
+    def one(path: Any, leaf: Any) -> Any:
+        name = path_str(path)
+        if is_quantized(leaf) or not policy.selects(name, leaf.shape):
+            return leaf
+        return quantize(leaf, config, name=name, axes=policy.axes_of(name))
+
+    return jax.tree_util.tree_map_with_path(one, params, is_leaf=is_quantized)
+
+
+def dequantize_tree(params: Any) -> Any:
+    """The tree with every QuantizedArray made dense."""
+    return jax.tree.map(lambda x: x.dequantize() if is_quantized(x) else x, params, is_leaf=is_quantized)
