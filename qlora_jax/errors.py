@@ -3,3 +3,8 @@
 
 class QloraError(ValueError):
     """Bad input: the message says what was wrong, where, and what to do."""
+
+
+def missing(package: str, purpose: str, extra: str) -> QloraError:
+    """The error for an optional package that is not installed."""
+    return QloraError(f"{purpose} needs the package {package}: pip install 'qlora-jax[{extra}]'")
