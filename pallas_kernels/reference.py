@@ -49,10 +49,12 @@ def nf4_matmul(
     scales: jax.Array,
     codebook: jax.Array,
     out_dtype: jax.typing.DTypeLike,
+    precision: jax.lax.PrecisionLike = None,
 ) -> jax.Array:
     """x [M, K] times the 4-bit weight [K, N] -> [M, N], accumulated in fp32."""
     w = dequantize(packed, scales, codebook, x.dtype)
-    return jnp.dot(x, w, preferred_element_type=jnp.float32).astype(out_dtype)
+    product = jnp.dot(x, w, preferred_element_type=jnp.float32, precision=precision)
+    return product.astype(out_dtype)
 
 
 def nf4_matmul_transposed(
@@ -61,9 +63,12 @@ def nf4_matmul_transposed(
     scales: jax.Array,
     codebook: jax.Array,
     out_dtype: jax.typing.DTypeLike,
+    precision: jax.lax.PrecisionLike = None,
 ) -> jax.Array:
     """g [M, N] times the transposed 4-bit weight -> [M, K], accumulated in fp32."""
     w = dequantize(packed, scales, codebook, g.dtype)
     dims = (((1,), (1,)), ((), ()))
-    product = jax.lax.dot_general(g, w, dims, preferred_element_type=jnp.float32)
+    product = jax.lax.dot_general(
+        g, w, dims, preferred_element_type=jnp.float32, precision=precision
+    )
     return product.astype(out_dtype)

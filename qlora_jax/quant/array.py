@@ -80,13 +80,26 @@ class QuantizedArray:
         """Dense array of `shape`."""
         return self.matrix(dtype).reshape(self.shape)
 
+    def rows(self, ids: jax.Array, dtype: Any = None) -> jax.Array:
+        """Rows `ids` (in [0, K)) of one weight seen as [K, N], decoded alone -> [*ids, N]."""
+        half = self.block_size // 2
+        block, within = ids // self.block_size, ids % self.block_size
+        packed = self.codes[block * half + within % half]
+        codes = jnp.where((within < half)[..., None], packed & 15, packed >> 4)
+        table = jnp.asarray(levels(self.codebook))
+        return (table[codes] * self.absmax()[block]).astype(dtype or self.dtype)
+
     def __repr__(self) -> str:
         nested = "+DQ" if self.double_quant else ""
+        kind = f"{self.codebook.upper()}-{self.block_size}{nested}"
+        if not all(hasattr(leaf, "shape") for leaf in jax.tree.leaves(self)):
+            # A tree of the same structure with other leaves: shardings, a mask, axis numbers.
+            leaves = f"codes={self.codes}, scales={self.scales}, nested={self.nested}"
+            return f"QuantizedArray({kind}, {leaves}, offset={self.offset})"
         bits = 8 * self.nbytes / max(self.size, 1)
-        dtype = np.dtype(self.dtype).name
         return (
-            f"QuantizedArray({self.codebook.upper()}-{self.block_size}{nested}, "
-            f"shape={self.shape}, dtype={dtype}, {bits:.3f} bits per weight)"
+            f"QuantizedArray({kind}, shape={self.shape}, dtype={np.dtype(self.dtype).name}, "
+            f"{bits:.3f} bits per weight)"
         )
 
 
@@ -97,8 +110,9 @@ def quantize(
 
     axes: how many trailing axes are contracted and how many are outputs, e.g. (1, 2) for an
     attention kernel [D, H, Dh]; all axes before them are stacked weights, each quantized on its own.
-    A ShapeDtypeStruct gives an abstract QuantizedArray. Works under jit; outside it, non-finite
-    elements raise QloraError with `name` (a NaN would silently poison its block).
+    A ShapeDtypeStruct gives an abstract QuantizedArray. Works under jit; outside it, elements that
+    are not finite (a NaN would silently poison its block) or larger than 2^126 raise QloraError
+    with `name`.
     """
     if isinstance(x, jax.ShapeDtypeStruct):
         _check(x, name, axes)
@@ -106,10 +120,11 @@ def quantize(
     x = jnp.asarray(x)
     _check(x, name, axes)
     if not isinstance(x, jax.core.Tracer):
-        bad = int(_count_non_finite(x))
+        bad = int(_count_unusable(x))
         if bad:
             raise QloraError(
-                f"{name}: {bad} of {x.size} elements are not finite; a weight with NaN or Inf cannot be quantized"
+                f"{name}: {bad} of {x.size} elements are not finite (or beyond 2^126); "
+                "such a weight cannot be quantized: check the checkpoint it came from"
             )
         return _quantize_jit(x, config, axes)
     return _quantize(x, config, axes)
@@ -120,7 +135,8 @@ def _check(x: Any, name: str, axes: tuple[int, int]) -> None:
         raise QloraError(f"{name}: only floating-point weights can be quantized, got {x.dtype}")
     if x.ndim < sum(axes) or 0 in x.shape:
         raise QloraError(
-            f"{name}: cannot quantize shape {x.shape} with {axes[0]} contracted and {axes[1]} output axes"
+            f"{name}: cannot quantize shape {x.shape} with {axes[0]} contracted "
+            f"and {axes[1]} output axes"
         )
 
 
@@ -149,5 +165,6 @@ _quantize_jit = jax.jit(_quantize, static_argnums=(1, 2))
 
 
 @jax.jit
-def _count_non_finite(x: jax.Array) -> jax.Array:
-    return jnp.sum(~jnp.isfinite(x))
+def _count_unusable(x: jax.Array) -> jax.Array:
+    # "Not small enough" rather than "too large", so that NaN counts.
+    return jnp.sum(~(jnp.abs(x).astype(jnp.float32) <= blockwise.LARGEST))

@@ -5,53 +5,53 @@ import jax.numpy as jnp
 import numpy as np
 
 from qlora_jax.quant import codebooks
-from qlora_jax.quant.config import CodebookName
+from qlora_jax.quant.config import CodebookName, levels
 
 NESTED_BLOCK = 256
 """How many absmax values share one nested absmax under double quantization."""
 
-_FP4_THRESHOLDS = np.asarray(
-    [0.00260417, 0.0859375, 0.20833333, 0.29166667, 0.4166667, 0.583333, 0.8333333], np.float32
-)
-_FP4_ASCENDING = np.asarray([0, 1, 6, 7, 4, 5, 2, 3], np.uint8)  # codes by rising magnitude
+LARGEST = 2.0**126
+"""The largest magnitude whose reciprocal is a normal fp32 number."""
 
 
-def absmax_codes(x: jax.Array, codebook: CodebookName, block_size: int) -> tuple[jax.Array, jax.Array]:
+def absmax_codes(
+    x: jax.Array, codebook: CodebookName, block_size: int
+) -> tuple[jax.Array, jax.Array]:
     """Round x [..., K, N] in blocks along K -> (codes uint8 [..., Kp, N], absmax fp32 [..., Kp/b, N]).
 
     Kp is K rounded up to the block size; padding holds the code of zero and takes no part in absmax.
-    x is multiplied by fp32 1/absmax and compared with fp32 midpoints, a tie going to the lower code.
+    x is multiplied by fp32 1/absmax and rounded to the nearest level. |x| must not exceed
+    `LARGEST`, beyond which 1/absmax is a denormal that XLA flushes to zero.
     """
     *lead, k, n = x.shape
     padding = -k % block_size
     if padding:
         x = jnp.pad(x, [(0, 0)] * len(lead) + [(0, padding), (0, 0)])
-    blocks = x.astype(jnp.float32).reshape(*lead, (k + padding) // block_size, block_size, n)
-    absmax = jnp.max(jnp.abs(blocks), axis=-2)
+    blocks = x.reshape(*lead, (k + padding) // block_size, block_size, n)
+    # In x's own dtype, where it is exact: a shared fp32 copy of a 16-bit x would be kept in memory.
+    absmax = jnp.max(jnp.abs(blocks), axis=-2).astype(jnp.float32)
     # A block of zeros takes the exact zero code: under double quantization its absmax comes back
     # as a small non-zero number, and only code 7 (NF4) or 0 (FP4) survives that as zero.
     inverse = jnp.where(absmax > 0, 1.0 / absmax, 0.0)
-    scaled = blocks * inverse[..., :, None, :]
-    round_to = {"nf4": _nearest_nf4, "fp4": _nearest_fp4}[codebook]
-    return round_to(scaled).reshape(*lead, k + padding, n), absmax
+    codes = _nearest(blocks.astype(jnp.float32) * inverse[..., :, None, :], levels(codebook))
+    return codes.reshape(*lead, k + padding, n), absmax
 
 
-def _nearest_nf4(x: jax.Array) -> jax.Array:
-    thresholds = codebooks.midpoints(codebooks.nf4())
-    return _count_above(x, thresholds)
+def _nearest(x: jax.Array, table: np.ndarray) -> jax.Array:
+    """The code of the level nearest to each x, uint8; a tie goes to the lower level.
 
-
-def _nearest_fp4(x: jax.Array) -> jax.Array:
-    magnitude = jnp.asarray(_FP4_ASCENDING)[_count_above(jnp.abs(x), _FP4_THRESHOLDS)]
-    return jnp.where(x < 0, magnitude | 8, magnitude).astype(jnp.uint8)
-
-
-def _count_above(x: jax.Array, thresholds: np.ndarray) -> jax.Array:
-    """How many of the ascending thresholds lie strictly below each x: the index of its level."""
-    count = jnp.zeros(x.shape, jnp.uint8)
-    for threshold in thresholds:
-        count += (x > threshold).astype(jnp.uint8)
-    return count
+    FP4 has two zeros, code 0 and code 8 for -0; sorted, they are two levels with a threshold of 0
+    between them. So tiny negative numbers and zero take code 0 and tiny positive ones code 8, as
+    bitsandbytes' CPU build has it. (Its CUDA build gives the zero the sign of x and rounds FP4
+    ties towards zero; apart from exact ties, the numbers that the codes stand for are the same.)
+    """
+    order = np.argsort(table, stable=True)
+    rank = jnp.zeros(x.shape, jnp.uint8)
+    for threshold in codebooks.midpoints(table[order]):
+        rank += (x > threshold).astype(jnp.uint8)
+    if (order == np.arange(order.size)).all():
+        return rank
+    return jnp.asarray(order.astype(np.uint8)).at[rank].get(mode="promise_in_bounds")
 
 
 def quantize_scales(absmax: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
@@ -76,10 +76,15 @@ def quantize_scales(absmax: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]
 
 
 def dequantize_scales(codes: jax.Array, nested: jax.Array, offset: jax.Array) -> jax.Array:
-    """The inverse of `quantize_scales`, up to its rounding: fp32 absmax [..., K/b, N]."""
+    """The inverse of `quantize_scales`, up to its rounding: fp32 absmax [..., K/b, N].
+
+    Op by op this has bitsandbytes' bits; under jit XLA may contract it into a fused multiply-add,
+    which rounds once instead of twice and so differs in the last bit.
+    """
     *lead, rows, n = codes.shape
     table = jnp.asarray(codebooks.dynamic_8bit())
-    flat = table.at[jnp.swapaxes(codes, -1, -2).reshape(*lead, n * rows)].get(mode="promise_in_bounds")
+    indices = jnp.swapaxes(codes, -1, -2).reshape(*lead, n * rows)
+    flat = table.at[indices].get(mode="promise_in_bounds")
     spread = jnp.repeat(nested, NESTED_BLOCK, axis=-1)[..., : n * rows]
     absmax = flat * spread + offset[..., None]
     return jnp.swapaxes(absmax.reshape(*lead, n, rows), -1, -2)

@@ -5,6 +5,7 @@ from typing import Any
 
 import numpy as np
 
+from qlora_jax.errors import QloraError
 from qlora_jax.quant.array import QuantizedArray
 
 
@@ -13,12 +14,12 @@ def to_bitsandbytes(w: QuantizedArray) -> dict[str, np.ndarray]:
 
     Returns packed uint8 [N*K/2, 1] (element 2i in the high nibble), absmax (fp32 [N*K/block] or,
     double-quantized, uint8 with nested_absmax fp32 and nested_offset fp32 scalar).
-    Raises ValueError for stacked weights or when K is no multiple of the block: bitsandbytes' blocks
+    Raises QloraError for stacked weights or when K is no multiple of the block: bitsandbytes' blocks
     would run over the ends of columns, ours do not.
     """
     k = math.prod(w.k_shape)
     if w.batch_shape or k % w.block_size:
-        raise ValueError(f"{w} has no bitsandbytes form: one weight with K a multiple of the block")
+        raise QloraError(f"{w} has no bitsandbytes form: one weight with K a multiple of the block")
     half = w.block_size // 2
     blocks = np.asarray(w.codes).reshape(-1, half, w.codes.shape[-1])
     codes = np.concatenate([blocks & 15, blocks >> 4], axis=1).reshape(k, -1).T.reshape(-1)
@@ -37,10 +38,13 @@ def from_bitsandbytes(
     """The inverse: tensors as above of a PyTorch weight of `shape` [N, K], taken over bit for bit."""
     n, k = shape
     if k % block_size:
-        raise ValueError(f"K = {k} is no multiple of the block {block_size}: requantize this weight")
+        raise QloraError(f"K = {k} is no multiple of the block {block_size}: requantize this weight")
     flat = tensors["packed"].reshape(-1)
-    if flat.size * 2 != n * k:
-        raise ValueError(f"{flat.size} packed bytes cannot hold a weight of shape {shape}")
+    if flat.size * 2 != n * k or tensors["absmax"].size * block_size != n * k:
+        raise QloraError(
+            f"{flat.size} packed bytes and {tensors['absmax'].size} scales of {block_size} "
+            f"do not make a weight of shape {shape}"
+        )
     codes = np.stack([flat >> 4, flat & 15], axis=-1).reshape(n, k).T
     halves = codes.reshape(k // block_size, 2, block_size // 2, n)
     packed = (halves[:, 0] | halves[:, 1] << 4).reshape(k // 2, n)

@@ -5,6 +5,7 @@ from typing import Literal
 
 import numpy as np
 
+from qlora_jax.errors import QloraError
 from qlora_jax.quant import codebooks
 
 CodebookName = Literal["nf4", "fp4"]
@@ -25,7 +26,7 @@ class QuantConfig:
     def __post_init__(self) -> None:
         b = self.block_size
         if not (32 <= b <= 4096 and b & (b - 1) == 0):
-            raise ValueError(f"block_size must be a power of two from 32 to 4096, got {b}")
+            raise QloraError(f"block_size must be a power of two from 32 to 4096, got {b}")
         levels(self.codebook)
 
 
@@ -45,4 +46,4 @@ def levels(codebook: CodebookName) -> np.ndarray:
         return codebooks.nf4()
     if codebook == "fp4":
         return codebooks.fp4()
-    raise ValueError(f"unknown code book {codebook!r}; known: 'nf4', 'fp4'")
+    raise QloraError(f"unknown code book {codebook!r}; known: 'nf4', 'fp4'")

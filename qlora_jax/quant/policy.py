@@ -41,7 +41,9 @@ class Policy:
 
 
 def path_str(path: Any) -> str:
-    """A key path of jax.tree_util as "a/b/c"."""
+    """A key path of jax.tree_util as "a/b/c"; the "value" of an nnx.Param is not part of the name."""
+    if len(path) > 1 and path[-1] == jax.tree_util.GetAttrKey("value"):
+        path = path[:-1]
     return jax.tree_util.keystr(path, simple=True, separator="/")
 
 

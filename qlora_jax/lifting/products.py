@@ -1,0 +1,214 @@
+"""Where a lazy weight is consumed: matrix products, row lookups, convolutions."""
+
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.extend.core import JaxprEqn
+
+from qlora_jax.lifting.lazy import Lazy, kn_shapes
+from qlora_jax.lifting.view import Atom, View, sizes
+from qlora_jax.lora.array import LoraArray
+from qlora_jax.quant import QuantizedArray, nf4_matmul, nf4_matmul_transposed
+
+
+def matmul(x: jax.Array, w: Any, out_dtype: Any, precision: Any = None) -> jax.Array:
+    """x [..., K] times one weight (no leading axes) seen as [K, N] -> [..., N].
+
+    With an adapter: x W + scaling * (dropout(x) A) B, the two products added in `out_dtype`.
+    """
+    if isinstance(w, QuantizedArray):
+        return nf4_matmul(x, w, out_dtype=out_dtype, precision=precision)
+    if not isinstance(w, LoraArray):
+        return _dot(x, w, out_dtype, precision)
+    a, b = w.factors()
+    base = matmul(x, _matrix(w), out_dtype, precision)
+    return base + _low_rank(_dropout(x, w), a, b, w.scaling, out_dtype, precision)
+
+
+def matmul_transposed(g: jax.Array, w: Any, out_dtype: Any, precision: Any = None) -> jax.Array:
+    """g [..., N] times the transpose of one weight seen as [K, N] -> [..., K]."""
+    if isinstance(w, QuantizedArray):
+        return nf4_matmul_transposed(g, w, out_dtype=out_dtype, precision=precision)
+    if not isinstance(w, LoraArray):
+        return _dot(g, w.T, out_dtype, precision)
+    a, b = w.factors()
+    base = matmul_transposed(g, _matrix(w), out_dtype, precision)
+    return base + _low_rank(_dropout(g, w), b.T, a.T, w.scaling, out_dtype, precision)
+
+
+def _matrix(w: LoraArray) -> Any:
+    """The base of one weight; a dense one as [K, N]."""
+    if isinstance(w.base, QuantizedArray):
+        return w.base
+    return w.base.reshape(math.prod(kn_shapes(w)[0]), -1)
+
+
+def _low_rank(
+    x: jax.Array, a: jax.Array, b: jax.Array, scaling: jax.Array, out_dtype: Any, precision: Any
+) -> jax.Array:
+    inner = _dot(x, a, x.dtype, precision)
+    return _dot(inner, b * scaling, out_dtype, precision)
+
+
+def _dot(x: jax.Array, w: jax.Array, out_dtype: Any, precision: Any) -> jax.Array:
+    # Not "fp32, then cast": the gradient of that multiplies fp32 by bf16, which no matrix unit does.
+    return jnp.dot(x, w.astype(x.dtype), preferred_element_type=out_dtype, precision=precision)
+
+
+def _dropout(x: jax.Array, w: LoraArray) -> jax.Array:
+    if w.dropout_key is None:
+        return x
+    keep = jax.random.bernoulli(w.dropout_key, 1.0 - w.dropout, x.shape)
+    return jnp.where(keep, x / jnp.asarray(1.0 - w.dropout, x.dtype), jnp.zeros((), x.dtype))
+
+
+def dot_general(eqn: JaxprEqn, lhs: Any, rhs: Any) -> jax.Array | None:
+    """The rule for dot_general of a lazy weight and an array; None if it is no product over K or N."""
+    (lhs_c, rhs_c), (lhs_b, rhs_b) = eqn.params["dimension_numbers"]
+    w_is_rhs = isinstance(rhs, Lazy)
+    w, x = (rhs, lhs) if w_is_rhs else (lhs, rhs)
+    if isinstance(x, Lazy):
+        return None
+    w_c, x_c = (rhs_c, lhs_c) if w_is_rhs else (lhs_c, rhs_c)
+    w_b, x_b = (rhs_b, lhs_b) if w_is_rhs else (lhs_b, rhs_b)
+
+    dims = w.view.dims
+    contracted = [atom for i in w_c for atom in dims[i]]
+    shared = [atom for i in w_b for atom in dims[i]]
+    w_free = [atom for i, dim in enumerate(dims) if i not in (*w_c, *w_b) for atom in dim]
+    batch, k, n = (w.view.of_kind(kind) for kind in ("batch", "k", "n"))
+    if any(atom.kind != "batch" for atom in shared):
+        return None
+    # A matrix of one row or column has no atoms on that side; then both readings hold.
+    if set(contracted) == set(k):
+        product, inner, outer = matmul, k, n
+    elif set(contracted) == set(n):
+        product, inner, outer = matmul_transposed, n, k
+    else:
+        return None
+
+    # Label x's axes: by atoms where they meet the weight's, by themselves where they are free.
+    labels: list[Any] = []
+    shape: list[int] = []
+    for i, size in enumerate(x.shape):
+        met = next((dims[j] for j, at in zip((*w_c, *w_b), (*x_c, *x_b), strict=True) if at == i), None)
+        labels += [f"x{i}"] if met is None else met
+        shape += [size] if met is None else sizes(met)
+    x_free = [label for label in labels if isinstance(label, str)]
+    free_sizes = [x.shape[int(label[1:])] for label in x_free]
+    lead = [atom for atom in batch if atom in shared]
+    order = [labels.index(label) for label in (*lead, *x_free, *inner)]
+    x = x.reshape(shape).transpose(order).reshape(*sizes(lead), *free_sizes, -1)
+
+    out_dtype = eqn.outvars[0].aval.dtype
+    precision = eqn.params["precision"]
+
+    def one(x: jax.Array, w: Any) -> jax.Array:
+        return product(x, w, out_dtype, precision)
+
+    for atom in reversed(batch):
+        one = jax.vmap(one, in_axes=(0 if atom in shared else None, 0))
+    out = one(x, w.array)
+
+    # Now [batch..., free..., outer]; dot_general wants [shared..., lhs free..., rhs free...].
+    have = [*batch, *x_free, *outer]
+    free = (*x_free, *w_free) if w_is_rhs else (*w_free, *x_free)
+    out = out.reshape(*sizes(batch), *free_sizes, *sizes(outer))
+    out = out.transpose([have.index(label) for label in (*shared, *free)])
+    return out.reshape(eqn.outvars[0].aval.shape)
+
+
+def gather(eqn: JaxprEqn, w: Any, indices: Any) -> jax.Array | None:
+    """The rule for looking up rows of a table W [K, N] (an embedding): only those are decoded."""
+    numbers, view = eqn.params["dimension_numbers"], w.view if isinstance(w, Lazy) else None
+    if view is None or isinstance(indices, Lazy) or view.of_kind("batch"):
+        return None
+    if len(numbers.collapsed_slice_dims) != 1 or numbers.operand_batching_dims:
+        return None
+    (axis,) = numbers.collapsed_slice_dims
+    rest = tuple(atom for i, dim in enumerate(view.dims) if i != axis for atom in dim)
+    whole = tuple(1 if i == axis else size for i, size in enumerate(view.shape))
+    if view.dims[axis] != view.of_kind("k") or rest != view.of_kind("n"):
+        return None
+    if numbers.start_index_map != (axis,) or eqn.params["slice_sizes"] != whole:
+        return None
+    count = view.shape[axis]
+    ids = indices[..., 0]
+    rows = _rows(w.array, jnp.clip(ids, 0, count - 1), w.dtype)
+    if eqn.params["mode"] == jax.lax.GatherScatterMode.FILL_OR_DROP:
+        fill = eqn.params["fill_value"]
+        fill = jnp.nan if fill is None else fill
+        inside = ((ids >= 0) & (ids < count))[..., None]
+        rows = jnp.where(inside, rows, jnp.asarray(fill, rows.dtype))
+    # Rows are [*ids, N]; gather puts the slice's dimensions where offset_dims says.
+    shape = eqn.outvars[0].aval.shape
+    places = numbers.offset_dims
+    rows = rows.reshape(*ids.shape, *(shape[i] for i in places))
+    return jnp.moveaxis(rows, range(ids.ndim, rows.ndim), places)
+
+
+def _rows(w: Any, ids: jax.Array, dtype: Any) -> jax.Array:
+    """Rows `ids` of one weight seen as [K, N] -> [*ids, N]."""
+    if isinstance(w, QuantizedArray):
+        return w.rows(ids, dtype)
+    if not isinstance(w, LoraArray):
+        return w[ids].astype(dtype)
+    a, b = w.factors()
+    low_rank = jnp.dot(a[ids], b, preferred_element_type=jnp.float32) * w.scaling
+    return (_rows(_matrix(w), ids, jnp.float32) + low_rank).astype(dtype)
+
+
+def conv_general_dilated(eqn: JaxprEqn, x: Any, w: Any) -> jax.Array | None:
+    """The rule for a convolution whose kernel is the weight, K being its window and input features.
+
+    The frozen kernel is decoded for the convolution, and again for its gradient; the adapter is a
+    convolution with A followed by a product with B.
+    """
+    if isinstance(x, Lazy) or not isinstance(w, Lazy) or w.view.of_kind("batch"):
+        return None
+    numbers = eqn.params["dimension_numbers"]
+    if eqn.params["feature_group_count"] != 1 or eqn.params["batch_group_count"] != 1:
+        return None
+    features = numbers.rhs_spec[0]
+    if w.view.dims[features] != w.view.of_kind("n"):
+        return None
+    options = eqn.params
+
+    def conv(x: jax.Array, kernel: jax.Array) -> jax.Array:
+        return jax.lax.conv_general_dilated(
+            x,
+            kernel,
+            window_strides=options["window_strides"],
+            padding=options["padding"],
+            lhs_dilation=options["lhs_dilation"],
+            rhs_dilation=options["rhs_dilation"],
+            dimension_numbers=numbers,
+            precision=options["precision"],
+            preferred_element_type=options["preferred_element_type"],
+        )
+
+    array = w.array
+    base = array.base if isinstance(array, LoraArray) else array
+    frozen = Lazy(base, w.view, w.dtype, w.path)
+    # Under checkpoint only the 4-bit kernel is kept for the backward pass.
+    out = jax.checkpoint(lambda x, w: conv(x, _dense_kernel(w)))(x, frozen)
+    if isinstance(array, LoraArray):
+        a, b = array.factors()
+        dims = list(w.view.dims)
+        dims[features] = (Atom((), "n", a.shape[-1]),)
+        kernel = w.arrange(a.astype(w.dtype), View(tuple(dims)))
+        inner = conv(_dropout(x, array), kernel)
+        channel = numbers.out_spec[1]
+        inner = jnp.moveaxis(inner, channel, -1)
+        low_rank = _dot(inner, b * array.scaling, out.dtype, options["precision"])
+        out = out + jnp.moveaxis(low_rank, -1, channel)
+    return out
+
+
+def _dense_kernel(w: Lazy) -> jax.Array:
+    if isinstance(w.array, QuantizedArray):
+        return w.dense()
+    return w.arrange(w.array.astype(w.dtype), w.view)
+

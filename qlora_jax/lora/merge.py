@@ -1,0 +1,69 @@
+"""Adding adapters into dense weights, and taking them out again."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from qlora_jax.errors import QloraError
+from qlora_jax.lora.adapters import Adapters, attach, named_leaves
+from qlora_jax.lora.array import LoraWeights, dense_base, is_weight
+from qlora_jax.quant import QuantizedArray, path_str
+
+
+def merge(params: Any, adapters: Adapters, dtype: Any = None) -> Any:
+    """The tree with all weights dense and W + scaling * A B in place of W.
+
+    Sums are taken in fp32 and rounded once to `dtype` (each weight's own by default). A 4-bit base is
+    dequantized, never requantized, so that the result computes what was trained; `merge_errors`
+    says what the rounding costs. To merge into the original 16-bit weights, pass those as `params`.
+    """
+
+    def one(leaf: Any) -> Any:
+        if is_weight(leaf):
+            return leaf.dequantize(dtype)
+        if dtype is not None and jnp.issubdtype(leaf.dtype, jnp.floating):
+            return leaf.astype(dtype)
+        return leaf
+
+    return jax.tree.map(one, attach(params, adapters), is_leaf=is_weight)
+
+
+def unmerge(params: Any, adapters: Adapters) -> Any:
+    """The inverse of `merge` on dense weights, up to the rounding of their dtype."""
+    for path, leaf in named_leaves(params).items():
+        if path in adapters and isinstance(leaf, QuantizedArray):
+            raise QloraError(f"{path} is quantized: only a merged, dense tree can be unmerged")
+    negated = {
+        path: LoraWeights(-adapter.a, adapter.b, adapter.scaling)
+        for path, adapter in adapters.items()
+        if isinstance(adapter, LoraWeights)
+    }
+    return merge(params, negated)
+
+
+def merge_errors(
+    params: Any, adapters: Adapters, dtype: Any, original: Any = None
+) -> dict[str, float]:
+    """Path -> ||merged - trained|| / ||trained|| (Frobenius) for every weight that merging changes.
+
+    "Trained" is the fp32 sum that training saw: the frozen (4-bit) weight plus its adapter. "Merged"
+    is what `merge(params, adapters, dtype)` holds, or with `original` (a dense tree) what
+    `merge(original, adapters, dtype)` holds: then it shows the quantization error too.
+    """
+    target = named_leaves(attach(original if original is not None else params, adapters))
+    errors = {}
+    flat, _ = jax.tree_util.tree_flatten_with_path(attach(params, adapters), is_leaf=is_weight)
+    for path, leaf in flat:
+        name = path_str(path)
+        if is_weight(leaf):
+            errors[name] = float(_relative_error(target[name], leaf, jnp.dtype(dtype)))
+    return errors
+
+
+def _relative_error(target: Any, trained: Any, dtype: Any) -> jax.Array:
+    merged = target.dequantize(dtype) if is_weight(target) else dense_base(target, dtype)
+    exact = trained.dequantize(jnp.float32)
+    return jnp.linalg.norm(merged.astype(jnp.float32) - exact) / jnp.linalg.norm(exact)
+
+

@@ -1,0 +1,78 @@
+"""From names to parameters: which leaves of a tree a configuration means."""
+
+import re
+from collections.abc import Iterable
+
+from qlora_jax.errors import QloraError
+from qlora_jax.lora.config import LoraConfig
+from qlora_jax.quant.policy import Policy
+
+_WEIGHTS = ("kernel", "embedding")
+_NO_MATRICES = ("bias", "scale")
+
+
+def module_name(path: str) -> str:
+    """The dotted name of the module that owns a weight: "mlp/up/kernel" -> "mlp.up".
+
+    A parameter that is neither kernel nor embedding is its own module.
+    """
+    parent, _, last = path.rpartition("/")
+    return (parent if last in _WEIGHTS else path).replace("/", ".")
+
+
+def select_targets(shapes: dict[str, tuple[int, ...]], config: LoraConfig) -> list[str]:
+    """The paths, among those of `shapes`, that get an adapter.
+
+    Raises QloraError for a target that matches nothing.
+    """
+    candidates = {
+        path: module_name(path)
+        for path, shape in shapes.items()
+        if len(shape) >= 2 and path.rpartition("/")[2] not in _NO_MATRICES
+    }
+    known = set(candidates.values())
+    if config.targets == "all-linear":
+        linear = Policy()
+        chosen = [path for path in candidates if linear.selects(path, shapes[path])]
+        if not chosen:
+            raise _unmatched("all-linear", known)
+        return chosen
+    if isinstance(config.targets, str):
+        chosen = [p for p, name in candidates.items() if re.fullmatch(config.targets, name)]
+        if not chosen:
+            raise _unmatched(config.targets, known)
+        return chosen
+    if not config.targets and not config.modules_to_save:
+        raise QloraError("nothing to train: targets and modules_to_save are both empty")
+    for target in config.targets:
+        if not any(_is_suffix(target, name) for name in known):
+            raise _unmatched(target, known)
+    return [p for p, name in candidates.items() if any(_is_suffix(t, name) for t in config.targets)]
+
+
+def select_full(paths: Iterable[str], modules: tuple[str, ...]) -> list[str]:
+    """The paths of every parameter below the named modules."""
+    paths = list(paths)
+    chosen: list[str] = []
+    for module in modules:
+        below = [p for p in paths if any(_is_suffix(module, prefix) for prefix in _prefixes(p))]
+        if not below:
+            raise _unmatched(module, {prefix for p in paths for prefix in _prefixes(p)})
+        chosen += below
+    return list(dict.fromkeys(chosen))
+
+
+def _is_suffix(target: str, name: str) -> bool:
+    return name == target or name.endswith(f".{target}")
+
+
+def _prefixes(path: str) -> list[str]:
+    """The names of the modules around a parameter, and its own: "a/b/scale" -> a, a.b, a.b.scale."""
+    parts = path.split("/")
+    return [".".join(parts[: i + 1]) for i in range(len(parts))]
+
+
+def _unmatched(target: str, known: set[str]) -> QloraError:
+    return QloraError(
+        f"target {target!r} matches no module; there are: {', '.join(sorted(known)) or 'none'}"
+    )
