@@ -1,0 +1,115 @@
+"""Cross-entropy of the next token, in chunks: logits of [B, T, V] never exist."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+IGNORE = -100
+"""Label of a position that does not count (the convention of PyTorch and Hugging Face)."""
+
+CHUNK = 256
+"""Rows of logits that exist at a time: enough to keep a matrix unit busy, at V = 128k 128 MiB."""
+
+Head = Callable[[Any, jax.Array], jax.Array]
+
+
+def causal_lm_loss(
+    head: Head, head_params: Any, hidden: jax.Array, labels: jax.Array, *, chunk: int = CHUNK
+) -> tuple[jax.Array, jax.Array]:
+    """Sum of the losses of all labelled tokens, and how many there are: two fp32 scalars.
+
+    head         head(head_params, hidden [M, D]) -> logits [M, V]
+    head_params  pytree; a gradient is computed for those leaves only that are differentiated
+    hidden       [B, T, D]; position t predicts labels[:, t + 1]
+    labels       [B, T] int, not shifted; IGNORE where there is nothing to learn
+
+    Only labelled positions are multiplied by the head: they are brought to the front, and as many
+    chunks are computed as they fill. The gradient is taken chunk by chunk in the forward pass, so
+    that no chunk's logits are kept or computed again. Log-sum-exp in fp32.
+    """
+    rows = hidden[:, :-1].reshape(-1, hidden.shape[-1])
+    targets = labels[:, 1:].reshape(-1)
+    counted = targets != IGNORE
+    order = jnp.argsort(~counted, stable=True)
+    order = jnp.pad(order, (0, -len(order) % chunk), mode="edge")
+    count = jnp.sum(counted, dtype=jnp.int32)
+    rows = rows.at[order].get(mode="promise_in_bounds")
+    targets = jnp.where(counted, targets, 0).at[order].get(mode="promise_in_bounds")
+    return _sum_over_chunks(head, head_params, rows, targets, count, chunk), count.astype(jnp.float32)
+
+
+def _sum_over_chunks(
+    head: Head, params: Any, rows: jax.Array, targets: jax.Array, count: jax.Array, chunk: int
+) -> jax.Array:
+    """rows [M, D], targets [M], the first `count` of which matter; M a multiple of `chunk`."""
+    chunks = (count + chunk - 1) // chunk
+
+    def chunk_at(i: jax.Array, rows: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+        start = i * chunk
+        live = start + jnp.arange(chunk) < count
+        cut = [jax.lax.dynamic_slice_in_dim(x, start, chunk) for x in (rows, targets)]
+        return cut[0], cut[1], live
+
+    @jax.custom_vjp
+    def total(params: Any, rows: jax.Array) -> jax.Array:
+        def body(i: jax.Array, total: jax.Array) -> jax.Array:
+            h, target, live = chunk_at(i, rows)
+            losses, _ = _token_losses(head(params, h), target)
+            return total + jnp.sum(jnp.where(live, losses, 0.0))
+
+        return jax.lax.fori_loop(0, chunks, body, jnp.zeros((), jnp.float32))
+
+    def forward(params: Any, rows: Any) -> tuple[jax.Array, Any]:
+        leaves, tree = jax.tree.flatten(params)
+        values = [leaf.value for leaf in leaves]
+        learned = [i for i, leaf in enumerate(leaves) if leaf.perturbed]
+        rows = rows.value
+
+        def logits_of(learned_values: list[jax.Array], h: jax.Array) -> jax.Array:
+            filled = list(values)
+            for i, value in zip(learned, learned_values, strict=True):
+                filled[i] = value
+            return head(jax.tree.unflatten(tree, filled), h)
+
+        def body(i: jax.Array, carry: Any) -> Any:
+            total, d_params, d_rows = carry
+            h, target, live = chunk_at(i, rows)
+            logits, pull = jax.vjp(logits_of, [values[i] for i in learned], h)
+            losses, d_logits = _token_losses(logits, target)
+            d_learned, d_h = pull(jnp.where(live[:, None], d_logits, 0.0).astype(logits.dtype))
+            return (
+                total + jnp.sum(jnp.where(live, losses, 0.0)),
+                [a + b.astype(jnp.float32) for a, b in zip(d_params, d_learned, strict=True)],
+                jax.lax.dynamic_update_slice_in_dim(d_rows, d_h, i * chunk, 0),
+            )
+
+        start = (
+            jnp.zeros((), jnp.float32),
+            [jnp.zeros(values[i].shape, jnp.float32) for i in learned],
+            jnp.zeros_like(rows),
+        )
+        total, d_params, d_rows = jax.lax.fori_loop(0, chunks, body, start)
+        filled: list[Any] = [None] * len(values)
+        for i, d in zip(learned, d_params, strict=True):
+            filled[i] = d.astype(values[i].dtype)
+        return total, (jax.tree.unflatten(tree, filled), d_rows)
+
+    def backward(gradients: Any, g: jax.Array) -> Any:
+        return jax.tree.map(lambda d: d * g.astype(d.dtype), gradients)
+
+    total.defvjp(forward, backward, symbolic_zeros=True)
+    return total(params, rows)
+
+
+def _token_losses(logits: jax.Array, target: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """logits [M, V], target [M] -> losses [M] and their gradient by the logits [M, V], in fp32."""
+    logits = logits.astype(jnp.float32)
+    top = jnp.max(logits, axis=-1, keepdims=True)
+    weights = jnp.exp(logits - top)
+    total = jnp.sum(weights, axis=-1, keepdims=True)
+    at_target = jnp.take_along_axis(logits, target[:, None], axis=-1, mode="promise_in_bounds")
+    losses = (jnp.log(total) + top - at_target)[:, 0]
+    is_target = jnp.arange(logits.shape[-1]) == target[:, None]
+    return losses, weights / total - is_target

@@ -1,0 +1,135 @@
+"""The train step: one pure function of (state, frozen parameters, batch)."""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from qlora_jax import lora
+from qlora_jax.errors import QloraError
+
+Batch = Any
+"""A pytree of arrays, such as {"input_ids", "labels", "attention_mask"}, each [B, T]."""
+
+Loss = Callable[[Any, Batch], tuple[jax.Array, jax.Array]]
+"""loss(params, batch) -> (sum of the token losses, number of tokens), two scalars."""
+
+Metrics = dict[str, jax.Array]
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class TrainState:
+    """All that a step changes.
+
+    adapters   what is trained: see `qlora_jax.lora`
+    opt_state  the optimizer's state for them
+    step       int32 [], steps taken
+    key        random key of the run; step n draws from fold_in(key, n)
+    """
+
+    adapters: lora.Adapters
+    opt_state: Any
+    step: jax.Array
+    key: jax.Array
+
+    @classmethod
+    def create(
+        cls,
+        adapters: lora.Adapters,
+        optimizer: optax.GradientTransformation,
+        key: jax.Array | None = None,
+    ) -> "TrainState":
+        """The state before the first step. The adapters are copied, since steps donate the state."""
+        adapters = jax.tree.map(jnp.array, adapters)
+        return cls(
+            adapters=adapters,
+            opt_state=optimizer.init(adapters),
+            step=jnp.zeros((), jnp.int32),
+            key=jax.random.key(0) if key is None else jnp.array(key),
+        )
+
+
+def make_train_step(
+    loss: Loss,
+    optimizer: optax.GradientTransformation,
+    *,
+    max_grad_norm: float | None = None,
+    accumulate: int = 1,
+    dropout: float = 0.0,
+) -> Callable[[TrainState, Any, Batch], tuple[TrainState, Metrics]]:
+    """step(state, params, batch) -> (state, metrics), jit-compiled; `state` is donated.
+
+    loss           `model.loss`, or any function of a parameter tree made fit by `qlora_jax.lift`
+    optimizer      any optax transformation; it sees the adapters only
+    max_grad_norm  clip gradients to this global norm (None: do not)
+    accumulate     batch leaves are [accumulate, B, ...]; gradients are summed over the first axis
+    dropout        probability of dropping inputs of the adapters' A
+
+    The objective is the mean over all labelled tokens of the step, whichever micro-batch they are
+    in. Gradients exist for the adapters only: `params` is frozen. metrics, fp32 scalars: loss (mean,
+    before the update), grad_norm (global, before clipping), tokens (labelled).
+    """
+
+    def gradients(
+        adapters: lora.Adapters, params: Any, batch: Batch, key: jax.Array
+    ) -> tuple[jax.Array, jax.Array, Any]:
+        def objective(adapters: lora.Adapters) -> tuple[jax.Array, jax.Array]:
+            return loss(lora.attach(params, adapters, dropout=dropout, key=key), batch)
+
+        (total, tokens), grads = jax.value_and_grad(objective, has_aux=True)(adapters)
+        return total, tokens, grads
+
+    def step(state: TrainState, params: Any, batch: Batch) -> tuple[TrainState, Metrics]:
+        key = jax.random.fold_in(state.key, state.step)
+        if accumulate == 1:
+            total, tokens, grads = gradients(state.adapters, params, batch, key)
+        else:
+            _check_micro_batches(batch, accumulate)
+
+            def micro(carry: Any, xs: Any) -> tuple[Any, None]:
+                part, key = xs
+                new = gradients(state.adapters, params, part, key)
+                return jax.tree.map(jnp.add, carry, new), None
+
+            shapes = jax.eval_shape(
+                gradients, state.adapters, params, jax.tree.map(lambda x: x[0], batch), key
+            )
+            start = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
+            keys = jax.random.split(key, accumulate)
+            (total, tokens, grads), _ = jax.lax.scan(micro, start, (batch, keys))
+        scale = 1.0 / jnp.maximum(tokens, 1.0)
+        grads = jax.tree.map(lambda g: g * scale, grads)
+        norm = optax.global_norm(grads)
+        if max_grad_norm is not None:
+            shrink = jnp.minimum(1.0, max_grad_norm / jnp.maximum(norm, 1e-30))
+            grads = jax.tree.map(lambda g: g * shrink, grads)
+        updates, opt_state = optimizer.update(grads, state.opt_state, state.adapters)
+        adapters = optax.apply_updates(state.adapters, updates)
+        new = TrainState(adapters, opt_state, state.step + 1, state.key)
+        return new, {"loss": total * scale, "grad_norm": norm, "tokens": tokens}
+
+    return jax.jit(step, donate_argnums=0)
+
+
+def make_eval_step(
+    loss: Loss,
+) -> Callable[[lora.Adapters, Any, Batch], tuple[jax.Array, jax.Array]]:
+    """evaluate(adapters, params, batch) -> (sum of token losses, tokens), jit-compiled."""
+
+    @jax.jit
+    def evaluate(adapters: lora.Adapters, params: Any, batch: Batch) -> Any:
+        return loss(lora.attach(params, adapters), batch)
+
+    return evaluate
+
+
+def _check_micro_batches(batch: Batch, accumulate: int) -> None:
+    shapes = {tuple(leaf.shape) for leaf in jax.tree.leaves(batch)}
+    if any(not shape or shape[0] != accumulate for shape in shapes):
+        raise QloraError(
+            f"accumulate={accumulate} expects batch leaves [{accumulate}, B, ...], got {sorted(shapes)}"
+        )
