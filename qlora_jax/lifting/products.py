@@ -1,5 +1,6 @@
 """Where a lazy weight is consumed: matrix products, row lookups, convolutions."""
 
+import functools
 import math
 from typing import Any
 
@@ -48,8 +49,40 @@ def _matrix(w: LoraArray) -> Any:
 def _low_rank(
     x: jax.Array, a: jax.Array, b: jax.Array, scaling: jax.Array, out_dtype: Any, precision: Any
 ) -> jax.Array:
-    inner = _dot(x, a, x.dtype, precision)
-    return _dot(inner, b * scaling, out_dtype, precision)
+    """scaling * (x A) B for x [..., K]."""
+    inner = _small_dot(x, a.astype(x.dtype), x.dtype, precision)
+    return _small_dot(inner, (b * scaling).astype(x.dtype), out_dtype, precision)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
+def _small_dot(x: jax.Array, w: jax.Array, out_dtype: Any, precision: Any) -> jax.Array:
+    """x [..., K] @ w [K, N] where one of K and N is the rank, and M, the rows of x, are many."""
+    return _dot(x, w, out_dtype, precision)
+
+
+def _small_dot_fwd(x: jax.Array, w: jax.Array, out_dtype: Any, precision: Any) -> Any:
+    return _dot(x, w, out_dtype, precision), (x, w)
+
+
+def _small_dot_bwd(out_dtype: Any, precision: Any, kept: Any, g: jax.Array) -> Any:
+    """dw = x^T g, by transposing whichever of x and g has the rank for a width.
+
+    JAX's own rule always transposes g, [M, N]; done to a wide one that costs more than the product.
+    """
+    x, w = kept
+    g = g.astype(x.dtype)
+    dx = jax.lax.dot_general(
+        g, w, (((g.ndim - 1,), (1,)), ((), ())), precision=precision, preferred_element_type=x.dtype
+    )
+    rows, wide = x.reshape(-1, x.shape[-1]), g.reshape(-1, g.shape[-1])
+    if rows.shape[1] <= wide.shape[1]:
+        dw = jnp.dot(rows.T, wide, precision=precision, preferred_element_type=jnp.float32)
+    else:
+        dw = jnp.dot(wide.T, rows, precision=precision, preferred_element_type=jnp.float32).T
+    return dx, dw.astype(w.dtype)
+
+
+_small_dot.defvjp(_small_dot_fwd, _small_dot_bwd)
 
 
 def _dot(x: jax.Array, w: jax.Array, out_dtype: Any, precision: Any) -> jax.Array:

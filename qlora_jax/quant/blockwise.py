@@ -28,11 +28,13 @@ def absmax_codes(
     if padding:
         x = jnp.pad(x, [(0, 0)] * len(lead) + [(0, padding), (0, 0)])
     blocks = x.reshape(*lead, (k + padding) // block_size, block_size, n)
-    # In x's own dtype, where it is exact: a shared fp32 copy of a 16-bit x would be kept in memory.
     absmax = jnp.max(jnp.abs(blocks), axis=-2).astype(jnp.float32)
     # A block of zeros takes the exact zero code: under double quantization its absmax comes back
     # as a small non-zero number, and only code 7 (NF4) or 0 (FP4) survives that as zero.
     inverse = jnp.where(absmax > 0, 1.0 / absmax, 0.0)
+    # Of a 16-bit x, absmax and codes must not share one fp32 copy: XLA would keep it in memory,
+    # twice the size of x, where two conversions on the fly cost nothing.
+    blocks = jax.lax.optimization_barrier(blocks)
     codes = _nearest(blocks.astype(jnp.float32) * inverse[..., :, None, :], levels(codebook))
     return codes.reshape(*lead, k + padding, n), absmax
 

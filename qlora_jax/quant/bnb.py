@@ -33,12 +33,18 @@ def to_bitsandbytes(w: QuantizedArray) -> dict[str, np.ndarray]:
 
 
 def from_bitsandbytes(
-    tensors: dict[str, np.ndarray], shape: tuple[int, int], codebook: Any, block_size: int, dtype: Any
+    tensors: dict[str, np.ndarray],
+    shape: tuple[int, int],
+    codebook: Any,
+    block_size: int,
+    dtype: Any,
 ) -> QuantizedArray:
     """The inverse: tensors as above of a PyTorch weight of `shape` [N, K], taken over bit for bit."""
     n, k = shape
     if k % block_size:
-        raise QloraError(f"K = {k} is no multiple of the block {block_size}: requantize this weight")
+        raise QloraError(
+            f"K = {k} is no multiple of the block {block_size}: requantize this weight"
+        )
     flat = tensors["packed"].reshape(-1)
     if flat.size * 2 != n * k or tensors["absmax"].size * block_size != n * k:
         raise QloraError(

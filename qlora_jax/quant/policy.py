@@ -66,4 +66,6 @@ def quantize_tree(params: Any, config: QuantConfig, policy: Policy | None = None
 
 def dequantize_tree(params: Any) -> Any:
     """The tree with every QuantizedArray made dense."""
-    return jax.tree.map(lambda x: x.dequantize() if is_quantized(x) else x, params, is_leaf=is_quantized)
+    return jax.tree.map(
+        lambda x: x.dequantize() if is_quantized(x) else x, params, is_leaf=is_quantized
+    )
