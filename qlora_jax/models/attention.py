@@ -57,12 +57,40 @@ class Attention(nnx.Module):
         return self.o_proj(out.reshape(*out.shape[:2], -1))
 
 
+BLOCK = 128
+"""Queries that are attended together, where a sequence attends to itself."""
+
+
+def _attend(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array | None) -> jax.Array:
+    """q [B, T, H, Dh] over k, v [B, S, Hkv, Dh] -> [B, T, H, Dh]; mask None: plainly causal.
+
+    Where T = S no query sees a later key, so that the queries are taken in blocks, each over the
+    keys up to its own end: that halves the work and the size of the probabilities.
+    """
+    time = q.shape[1]
+    if time != k.shape[1]:
+        return _attend_block(q, k, v, mask)
+    # Blocks are unrolled: at most 16 of them, to keep programs small.
+    block = BLOCK * max(1, -(-time // (16 * BLOCK)))
+    parts = []
+    for start in range(0, time, block):
+        end = min(start + block, time)
+        if mask is None:
+            here = causal_mask(jnp.arange(start, end), end, None)
+        else:
+            here = mask[:, :, start:end, :end]
+        parts.append(_attend_block(q[:, start:end], k[:, :end], v[:, :end], here))
+    return parts[0] if len(parts) == 1 else jnp.concatenate(parts, axis=1)
+
+
 # Under jax.checkpoint only q, k and v are kept for the backward pass: the T x S probabilities of
 # every layer would be by far the largest residual, and computing them again is cheap.
 # prevent_cse=False: the layers run inside a scan, whose forward and backward loops are separate.
 @functools.partial(jax.checkpoint, prevent_cse=False)
-def _attend(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array | None) -> jax.Array:
-    return jax.nn.dot_product_attention(q, k, v, mask=mask, is_causal=mask is None)
+def _attend_block(
+    q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array | None
+) -> jax.Array:
+    return jax.nn.dot_product_attention(q, k, v, mask=mask)
 
 
 def causal_mask(queries: jax.Array, slots: int, valid: jax.Array | None) -> jax.Array:

@@ -19,7 +19,7 @@ from qlora_jax.quant.config import CodebookName, QuantConfig, levels
 class QuantizedArray:
     """A weight W [..., K, N] with W[k, n] = codebook[code[k, n]] * absmax[k // block_size, n].
 
-    codes   uint8 [..., Kp/2, N], packed as pallas_kernels.reference says; Kp: K padded to whole blocks
+    codes   uint8 [..., Kp/2, N], packed as pallas_kernels.reference says; Kp: K up to whole blocks
     scales  absmax, fp32 [..., Kp/block_size, N]; or its 8-bit codes, uint8 of that shape, with
     nested  fp32 [..., ceil(Kp/block_size * N / 256)] and
     offset  fp32 [...] (both None without double quantization)
@@ -109,7 +109,7 @@ def quantize(
     """Quantize x [..., *K axes, *N axes] in blocks along K.
 
     axes: how many trailing axes are contracted and how many are outputs, e.g. (1, 2) for an
-    attention kernel [D, H, Dh]; all axes before them are stacked weights, each quantized on its own.
+    attention kernel [D, H, Dh]; the axes before them stack weights, each quantized on its own.
     A ShapeDtypeStruct gives an abstract QuantizedArray. Works under jit; outside it, elements that
     are not finite (a NaN would silently poison its block) or larger than 2^126 raise QloraError
     with `name`.

@@ -1,4 +1,4 @@
-"""Rounding blocks of numbers to a code book: the rules of bitsandbytes, to the bit, in plain JAX."""
+"""Rounding blocks of numbers to a code book by the rules of bitsandbytes, in plain JAX."""
 
 import jax
 import jax.numpy as jnp
@@ -17,11 +17,12 @@ LARGEST = 2.0**126
 def absmax_codes(
     x: jax.Array, codebook: CodebookName, block_size: int
 ) -> tuple[jax.Array, jax.Array]:
-    """Round x [..., K, N] in blocks along K -> (codes uint8 [..., Kp, N], absmax fp32 [..., Kp/b, N]).
+    """Round x [..., K, N] in blocks along K -> (codes, absmax).
 
-    Kp is K rounded up to the block size; padding holds the code of zero and takes no part in absmax.
-    x is multiplied by fp32 1/absmax and rounded to the nearest level. |x| must not exceed
-    `LARGEST`, beyond which 1/absmax is a denormal that XLA flushes to zero.
+    codes: uint8 [..., Kp, N], absmax: fp32 [..., Kp/block_size, N], with Kp K rounded up to the
+    block size; padding holds the code of zero and takes no part in absmax. x is multiplied by fp32
+    1/absmax and rounded to the nearest level. |x| must not exceed `LARGEST`, beyond which 1/absmax
+    is a denormal that XLA flushes to zero.
     """
     *lead, k, n = x.shape
     padding = -k % block_size
@@ -59,8 +60,8 @@ def _nearest(x: jax.Array, table: np.ndarray) -> jax.Array:
 def quantize_scales(absmax: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Double quantization of absmax [..., K/b, N] -> (codes uint8 of that shape, nested, offset).
 
-    nested: fp32 [..., ceil(K/b * N / 256)], one absmax for 256 scales; offset: fp32 [...], the mean.
-    The scales are grouped as bitsandbytes' [out, in] weight has them: column after column of ours.
+    nested: fp32 [..., ceil(K/b * N / 256)], one absmax for 256 scales; offset: fp32 [...], mean.
+    The scales are grouped as in bitsandbytes' [out, in] weight: column after column of ours.
     """
     *lead, rows, n = absmax.shape
     flat = jnp.swapaxes(absmax, -1, -2).reshape(*lead, n * rows)

@@ -7,6 +7,7 @@ import numpy as np
 
 from qlora_jax.errors import QloraError
 from qlora_jax.quant.array import QuantizedArray
+from qlora_jax.quant.config import CodebookName
 
 
 def to_bitsandbytes(w: QuantizedArray) -> dict[str, np.ndarray]:
@@ -14,8 +15,8 @@ def to_bitsandbytes(w: QuantizedArray) -> dict[str, np.ndarray]:
 
     Returns packed uint8 [N*K/2, 1] (element 2i in the high nibble), absmax (fp32 [N*K/block] or,
     double-quantized, uint8 with nested_absmax fp32 and nested_offset fp32 scalar).
-    Raises QloraError for stacked weights or when K is no multiple of the block: bitsandbytes' blocks
-    would run over the ends of columns, ours do not.
+    Raises QloraError for stacked weights or when K is no multiple of the block: bitsandbytes'
+    blocks would run over the ends of columns, ours do not.
     """
     k = math.prod(w.k_shape)
     if w.batch_shape or k % w.block_size:
@@ -35,11 +36,11 @@ def to_bitsandbytes(w: QuantizedArray) -> dict[str, np.ndarray]:
 def from_bitsandbytes(
     tensors: dict[str, np.ndarray],
     shape: tuple[int, int],
-    codebook: Any,
+    codebook: CodebookName,
     block_size: int,
     dtype: Any,
 ) -> QuantizedArray:
-    """The inverse: tensors as above of a PyTorch weight of `shape` [N, K], taken over bit for bit."""
+    """The inverse: tensors as above of a PyTorch weight of `shape` [N, K], bit for bit."""
     n, k = shape
     if k % block_size:
         raise QloraError(

@@ -21,9 +21,9 @@ OUTPUT_HEAD = r"(.*/)?(lm_head|embed_out|output_head|score|classifier)/.*"
 class Policy:
     """Selects parameters by path ("layers/mlp/up_proj/kernel"), by whole-path regular expressions.
 
-    include / exclude: the default takes every linear kernel but the output head; embeddings are no
-    kernels. axes: path pattern -> (contracted axes, output axes) for kernels that are not [..., K, N],
-    e.g. {r".*/query/kernel": (1, 2)}; the first pattern that matches counts.
+    include / exclude: the default takes every linear kernel but the output head; embeddings are
+    no kernels. axes: path pattern -> (contracted axes, output axes) for kernels that are not
+    [..., K, N], e.g. {r".*/query/kernel": (1, 2)}; the first pattern that matches counts.
     """
 
     include: str = LINEAR_KERNEL
@@ -41,7 +41,7 @@ class Policy:
 
 
 def path_str(path: Any) -> str:
-    """A key path of jax.tree_util as "a/b/c"; the "value" of an nnx.Param is not part of the name."""
+    """A key path of jax.tree_util as "a/b/c", without the "value" of an nnx.Param."""
     if len(path) > 1 and path[-1] == jax.tree_util.GetAttrKey("value"):
         path = path[:-1]
     return jax.tree_util.keystr(path, simple=True, separator="/")
