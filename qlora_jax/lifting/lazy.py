@@ -61,6 +61,17 @@ class Lazy:
             return None
         return in_storage_order((a for d in self.view.dims for a in d), "batch").index(dim[0])
 
+    def one_of_stack(self, place: int, index: Any) -> "Lazy":
+        """The weight at `index` (clipped) of the stacked axis that dimension `place` is."""
+        axis = self.batch_axis(place)
+        assert axis is not None
+
+        def one(leaf: Any) -> Any:
+            return jnp.take(leaf, index, axis, mode="clip")
+
+        view = self.view.drop(place)
+        return dataclasses.replace(self, array=jax.tree.map(one, self.array), view=view)
+
 
 def kn_shapes(array: Any) -> tuple[tuple[int, ...], tuple[int, ...]]:
     """The contracted and the output axes of a LoraArray or QuantizedArray."""

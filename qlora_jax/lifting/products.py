@@ -1,5 +1,6 @@
 """Where a lazy weight is consumed: matrix products, row lookups, convolutions."""
 
+import dataclasses
 import functools
 import math
 from typing import Any
@@ -12,6 +13,7 @@ from qlora_jax.lifting.lazy import Lazy, kn_shapes
 from qlora_jax.lifting.view import Atom, View, sizes
 from qlora_jax.lora.array import LoraArray
 from qlora_jax.quant import QuantizedArray, nf4_matmul, nf4_matmul_transposed
+from qlora_jax.quant.varying import vary_alike
 
 
 def matmul(x: jax.Array, w: Any, out_dtype: Any, precision: Any = None) -> jax.Array:
@@ -50,6 +52,7 @@ def _low_rank(
     x: jax.Array, a: jax.Array, b: jax.Array, scaling: jax.Array, out_dtype: Any, precision: Any
 ) -> jax.Array:
     """scaling * (x A) B for x [..., K]."""
+    x, a, b, scaling = vary_alike((x, a, b, scaling))
     inner = _small_dot(x, a.astype(x.dtype), x.dtype, precision)
     return _small_dot(inner, (b * scaling).astype(x.dtype), out_dtype, precision)
 
@@ -153,22 +156,28 @@ def dot_general(eqn: JaxprEqn, lhs: Any, rhs: Any) -> jax.Array | None:
     return out.reshape(eqn.outvars[0].aval.shape)
 
 
-def gather(eqn: JaxprEqn, w: Any, indices: Any) -> jax.Array | None:
-    """The rule for looking up rows of a table W [K, N] (an embedding): only those are decoded."""
-    numbers, view = eqn.params["dimension_numbers"], w.view if isinstance(w, Lazy) else None
-    if view is None or isinstance(indices, Lazy) or view.of_kind("batch"):
+def gather(eqn: JaxprEqn, w: Any, indices: Any) -> Any:
+    """The rule for taking whole slices along one axis.
+
+    Rows of a table W [K, N] (an embedding) are decoded, those rows alone; one out of stacked weights
+    stays lazy.
+    """
+    numbers = eqn.params["dimension_numbers"]
+    if not isinstance(w, Lazy) or isinstance(indices, Lazy):
         return None
     if len(numbers.collapsed_slice_dims) != 1 or numbers.operand_batching_dims:
         return None
-    (axis,) = numbers.collapsed_slice_dims
-    rest = tuple(atom for i, dim in enumerate(view.dims) if i != axis for atom in dim)
+    view, (axis,) = w.view, numbers.collapsed_slice_dims
     whole = tuple(1 if i == axis else size for i, size in enumerate(view.shape))
-    if view.dims[axis] != view.of_kind("k") or rest != view.of_kind("n"):
-        return None
     if numbers.start_index_map != (axis,) or eqn.params["slice_sizes"] != whole:
         return None
     count = view.shape[axis]
     ids = indices[..., 0]
+    if w.batch_axis(axis) is not None and ids.ndim == 0:
+        return _one_of_stack(eqn, w, axis, ids)
+    rest = tuple(atom for i, dim in enumerate(view.dims) if i != axis for atom in dim)
+    if view.of_kind("batch") or view.dims[axis] != view.of_kind("k") or rest != view.of_kind("n"):
+        return None
     rows = _rows(w.array, jnp.clip(ids, 0, count - 1), w.dtype)
     if eqn.params["mode"] == jax.lax.GatherScatterMode.FILL_OR_DROP:
         fill = eqn.params["fill_value"]
@@ -180,6 +189,19 @@ def gather(eqn: JaxprEqn, w: Any, indices: Any) -> jax.Array | None:
     places = numbers.offset_dims
     rows = rows.reshape(*ids.shape, *(shape[i] for i in places))
     return jnp.moveaxis(rows, range(ids.ndim, rows.ndim), places)
+
+
+def _one_of_stack(eqn: JaxprEqn, w: Lazy, axis: int, index: jax.Array) -> Lazy:
+    one = w.one_of_stack(axis, index)
+    if eqn.params["mode"] != jax.lax.GatherScatterMode.FILL_OR_DROP:
+        return one
+    inside = (index >= 0) & (index < w.shape[axis])
+
+    def nan_outside(leaf: jax.Array) -> jax.Array:
+        is_float = jnp.issubdtype(leaf.dtype, jnp.floating)
+        return jnp.where(inside, leaf, jnp.asarray(jnp.nan, leaf.dtype)) if is_float else leaf
+
+    return dataclasses.replace(one, array=jax.tree.map(nan_outside, one.array))
 
 
 def _rows(w: Any, ids: jax.Array, dtype: Any) -> jax.Array:

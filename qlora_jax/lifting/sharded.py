@@ -87,6 +87,7 @@ def _cut(w: Lazy, spec: PartitionSpec, mesh: dict[str, int]) -> _Cut | None:
     """
     k_shape, n_shape = kn_shapes(w.array)
     batch = len(w.array.batch_shape)
+    starts = {"k": batch, "n": batch + len(k_shape)}
     axis_names: dict[int, Names] = {}
     dims = list(w.view.dims)
     for place, entry in enumerate(spec):
@@ -95,10 +96,11 @@ def _cut(w: Lazy, spec: PartitionSpec, mesh: dict[str, int]) -> _Cut | None:
         if parts == 1:
             continue
         dim = dims[place]
-        if not dim or len(dim[0].order) != 1 or dim[0].size % parts:
+        if not dim or any(dim[0].order[1:]) or dim[0].size % parts:
             return None
         first = dim[0]
-        axis_names[first.order[0]] = names
+        axis = w.batch_axis(place)
+        axis_names[starts[first.kind] + first.order[0] if axis is None else axis] = names
         dims[place] = (Atom(first.order, first.kind, first.size // parts), *dim[1:])
 
     def local(sizes: Sequence[int], start: int) -> tuple[int, ...]:
@@ -115,12 +117,9 @@ def _cut(w: Lazy, spec: PartitionSpec, mesh: dict[str, int]) -> _Cut | None:
         if batch in axis_names and math.prod(local(k_shape, batch)) % quantized.block_size:
             return None
 
-    def axis(i: int) -> Names | None:
-        return axis_names.get(i)
-
-    lead = [axis(i) for i in range(batch)]
-    k_axes = [axis(batch + i) for i in range(len(k_shape))]
-    n_axes = [axis(n_start + i) for i in range(len(n_shape))]
+    lead = [axis_names.get(i) for i in range(batch)]
+    k_axes = [axis_names.get(batch + i) for i in range(len(k_shape))]
+    n_axes = [axis_names.get(n_start + i) for i in range(len(n_shape))]
     array = w.array
     base, base_specs = quantized, PartitionSpec(*lead, *k_axes, *n_axes)
     if isinstance(quantized, QuantizedArray):

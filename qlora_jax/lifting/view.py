@@ -15,7 +15,11 @@ Kind = Literal["batch", "k", "n"]
 
 @dataclasses.dataclass(frozen=True)
 class Atom:
-    """A piece of an axis of W. `order` sorts atoms as W stores them."""
+    """A piece of an axis of W.
+
+    order: sorts the atoms of one kind as W stores them; for "k" and "n" it begins with the number
+    of the axis among those of its kind.
+    """
 
     order: tuple[int, ...]
     kind: Kind
@@ -50,12 +54,16 @@ class View:
     @classmethod
     def whole(cls, batch: Sequence[int], k_shape: Sequence[int], n_shape: Sequence[int]) -> "View":
         """W as it is stored."""
-        kinds: list[Kind] = ["batch"] * len(batch) + ["k"] * len(k_shape) + ["n"] * len(n_shape)
-        shape = (*batch, *k_shape, *n_shape)
+        kinds: tuple[tuple[Kind, Sequence[int]], ...] = (
+            ("batch", batch),
+            ("k", k_shape),
+            ("n", n_shape),
+        )
         return cls(
             tuple(
                 (Atom((axis,), kind, size),) if size != 1 or kind == "batch" else ()
-                for axis, (kind, size) in enumerate(zip(kinds, shape, strict=True))
+                for kind, shape in kinds
+                for axis, size in enumerate(shape)
             )
         )
 
@@ -111,5 +119,5 @@ class View:
 
     def stacked(self, size: int) -> "View":
         """With a new leading stacked axis, that the weight's leaves have in front too."""
-        first = min((atom.order for dim in self.dims for atom in dim), default=(0,))
-        return View(((Atom((first[0] - 1,), "batch", size),), *self.dims))
+        first = min((atom.order[0] for atom in self.of_kind("batch")), default=0)
+        return View(((Atom((first - 1,), "batch", size),), *self.dims))

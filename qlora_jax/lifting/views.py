@@ -42,7 +42,7 @@ def _broadcast(eqn: JaxprEqn, w: Lazy) -> Lazy | None:
 def _squeeze(eqn: JaxprEqn, w: Lazy) -> Lazy | None:
     for place in sorted(eqn.params["dimensions"], reverse=True):
         if w.view.dims[place]:  # a stacked axis of size 1
-            w = one_of_stack(w, place, 0)
+            w = w.one_of_stack(place, 0)
         else:
             w = w.seen_as(w.view.drop(place))
     return w
@@ -76,14 +76,6 @@ def _dynamic_slice(eqn: JaxprEqn, w: Lazy, *starts: Any) -> Lazy | None:
 
         w = _resized(w, place, size, jax.tree.map(cut, w.array))
     return w
-
-
-def one_of_stack(w: Lazy, place: int, index: Any) -> Lazy:
-    """The weight at `index` of the stacked axis that dimension `place` is."""
-    axis = w.batch_axis(place)
-    assert axis is not None
-    array = jax.tree.map(lambda leaf: jnp.take(leaf, index, axis, mode="clip"), w.array)
-    return Lazy(array, w.view.drop(place), w.dtype, w.path)
 
 
 def _cut_stack(w: Lazy, place: int, chosen: range, axis: int) -> Lazy:

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from pallas_kernels import reference
 from qlora_jax.quant.array import QuantizedArray
 from qlora_jax.quant.config import levels
+from qlora_jax.quant.varying import vary_alike
 
 
 def nf4_matmul(
@@ -38,6 +39,7 @@ def _apply(
         raise ValueError(f"expected one weight, got {w.batch_shape} stacked; use jax.vmap")
     if x.shape[-1] != width:
         raise ValueError(f"x [..., {x.shape[-1]}] does not fit {w}: its last axis must be {width}")
+    x, w = vary_alike((x, w))
     rows = x.reshape(-1, width)
     out = product(rows, w, jnp.dtype(out_dtype or x.dtype), precision)
     return out.reshape(*x.shape[:-1], -1)
