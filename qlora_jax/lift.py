@@ -1,9 +1,9 @@
 """lift: the transform that makes any function of dense weights accept 4-bit and adapted ones.
 
-The function is traced on abstract dense weights; its jaxpr is then evaluated with the real ones, which
-flow lazily to where they are consumed. There the 4-bit product and the low-rank path stand in for
-the dense product. What a weight is, is known by dataflow alone: nothing is patched, and nothing is
-matched by name or shape.
+The function is traced on abstract dense weights; its jaxpr is then evaluated with the real ones,
+which flow lazily to where they are consumed. There the 4-bit product and the low-rank path stand in
+for the dense product. What a weight is, is known by dataflow alone: nothing is patched, and nothing
+is matched by name or shape.
 """
 
 import functools

@@ -101,7 +101,7 @@ def _dropout(x: jax.Array, w: LoraArray) -> jax.Array:
 
 
 def dot_general(eqn: JaxprEqn, lhs: Any, rhs: Any) -> jax.Array | None:
-    """The rule for dot_general of a lazy weight and an array; None if it is no product over K or N."""
+    """The rule for dot_general of a weight and an array; None if it is no product over K or N."""
     (lhs_c, rhs_c), (lhs_b, rhs_b) = eqn.params["dimension_numbers"]
     w_is_rhs = isinstance(rhs, Lazy)
     w, x = (rhs, lhs) if w_is_rhs else (lhs, rhs)
@@ -125,11 +125,14 @@ def dot_general(eqn: JaxprEqn, lhs: Any, rhs: Any) -> jax.Array | None:
     else:
         return None
 
+    meeting = {at: dims[j] for j, at in zip((*w_c, *w_b), (*x_c, *x_b), strict=True)}
     # Label x's axes: by atoms where they meet the weight's, by themselves where they are free.
     labels: list[Any] = []
     shape: list[int] = []
     for i, size in enumerate(x.shape):
-        met = next((dims[j] for j, at in zip((*w_c, *w_b), (*x_c, *x_b), strict=True) if at == i), None)
+        met = next(
+            (dims[j] for j, at in zip((*w_c, *w_b), (*x_c, *x_b), strict=True) if at == i), None
+        )
         labels += [f"x{i}"] if met is None else met
         shape += [size] if met is None else sizes(met)
     x_free = [label for label in labels if isinstance(label, str)]
@@ -159,8 +162,8 @@ def dot_general(eqn: JaxprEqn, lhs: Any, rhs: Any) -> jax.Array | None:
 def gather(eqn: JaxprEqn, w: Any, indices: Any) -> Any:
     """The rule for taking whole slices along one axis.
 
-    Rows of a table W [K, N] (an embedding) are decoded, those rows alone; one out of stacked weights
-    stays lazy.
+    Rows of a table W [K, N] (an embedding) are decoded, those rows alone; one out of stacked
+    weights stays lazy.
     """
     numbers = eqn.params["dimension_numbers"]
     if not isinstance(w, Lazy) or isinstance(indices, Lazy):
@@ -266,4 +269,3 @@ def _dense_kernel(w: Lazy) -> jax.Array:
     if isinstance(w.array, QuantizedArray):
         return w.dense()
     return w.arrange(w.array.astype(w.dtype), w.view)
-

@@ -104,7 +104,9 @@ def _cut(w: Lazy, spec: PartitionSpec, mesh: dict[str, int]) -> _Cut | None:
         dims[place] = (Atom(first.order, first.kind, first.size // parts), *dim[1:])
 
     def local(sizes: Sequence[int], start: int) -> tuple[int, ...]:
-        parts = [math.prod(mesh[n] for n in axis_names.get(start + i, ())) for i in range(len(sizes))]
+        parts = [
+            math.prod(mesh[n] for n in axis_names.get(start + i, ())) for i in range(len(sizes))
+        ]
         return tuple(size // part for size, part in zip(sizes, parts, strict=True))
 
     n_start = batch + len(k_shape)

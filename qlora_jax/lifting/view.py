@@ -1,7 +1,7 @@
 """How a weight is seen after transposes and reshapes, as a static description.
 
-A weight W [batch..., K..., N...] is cut into atoms, one for each axis (contracted and output axes of
-size 1 have none). A view says which atoms make up each of its dimensions, in row-major order, so
+A weight W [batch..., K..., N...] is cut into atoms, one for each axis (contracted and output axes
+of size 1 have none). A view says which atoms make up each of its dimensions, in row-major order, so
 that transposing permutes dimensions, and reshaping regroups atoms or cuts one in two.
 """
 

@@ -28,7 +28,7 @@ def _transpose(eqn: JaxprEqn, w: Lazy) -> Lazy | None:
 def _reshape(eqn: JaxprEqn, w: Lazy) -> Lazy | None:
     if eqn.params["dimensions"] is not None:
         return None
-    view = w.view.reshape(eqn.outvars[0].aval.shape)
+    view = w.view.reshape(eqn.params["new_sizes"])
     return None if view is None else w.seen_as(view)
 
 
@@ -41,10 +41,8 @@ def _broadcast(eqn: JaxprEqn, w: Lazy) -> Lazy | None:
 
 def _squeeze(eqn: JaxprEqn, w: Lazy) -> Lazy | None:
     for place in sorted(eqn.params["dimensions"], reverse=True):
-        if w.view.dims[place]:  # a stacked axis of size 1
-            w = w.one_of_stack(place, 0)
-        else:
-            w = w.seen_as(w.view.drop(place))
+        stacked = w.batch_axis(place) is not None
+        w = w.one_of_stack(place, 0) if stacked else w.seen_as(w.view.drop(place))
     return w
 
 

@@ -84,5 +84,3 @@ class Evaluation:
             self._seen.add((primitive, x.path))
             logger.warning("%s is made dense for %s at every call", x.path, primitive)
         return x.dense()
-
-

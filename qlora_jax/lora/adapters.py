@@ -59,7 +59,8 @@ def init(
             raise QloraError(f"{path} is both a target and in modules_to_save; choose one")
         if isinstance(leaf, QuantizedArray):
             raise QloraError(
-                f"{path} is to be trained in full but is quantized: exclude it by the quantization policy"
+                f"{path} is to be trained in full but is quantized: "
+                "exclude it by the quantization policy"
             )
         adapters[path] = jnp.asarray(leaf, jnp.float32) if _is_array(leaf) else _abstract(leaf)
     return adapters

@@ -34,8 +34,10 @@ class LoraWeights:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class LoraArray:
-    """W + scaling * A B, never formed: W [..., *K, *N] dense or 4-bit, A [..., *K, R], B [..., R, *N].
+    """W + scaling * A B, never formed.
 
+    base         W [..., *K axes, *N axes], dense or QuantizedArray
+    a, b         fp32 [..., *K axes, R] and [..., R, *N axes]
     scaling      fp32 [...], one number for each stacked weight
     dropout_key  None, or a key [...] for each stacked weight: inputs of A are dropped with
                  probability `dropout`

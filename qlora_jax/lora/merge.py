@@ -14,9 +14,9 @@ from qlora_jax.quant import QuantizedArray, path_str
 def merge(params: Any, adapters: Adapters, dtype: Any = None) -> Any:
     """The tree with all weights dense and W + scaling * A B in place of W.
 
-    Sums are taken in fp32 and rounded once to `dtype` (each weight's own by default). A 4-bit base is
-    dequantized, never requantized, so that the result computes what was trained; `merge_errors`
-    says what the rounding costs. To merge into the original 16-bit weights, pass those as `params`.
+    Sums are taken in fp32 and rounded once to `dtype` (each weight's own by default). A 4-bit base
+    is dequantized, never requantized, so that the result computes what was trained; `merge_errors`
+    says what the rounding costs. To merge into the original 16-bit weights, give those as `params`.
     """
 
     def one(leaf: Any) -> Any:
@@ -47,8 +47,8 @@ def merge_errors(
 ) -> dict[str, float]:
     """Path -> ||merged - trained|| / ||trained|| (Frobenius) for every weight that merging changes.
 
-    "Trained" is the fp32 sum that training saw: the frozen (4-bit) weight plus its adapter. "Merged"
-    is what `merge(params, adapters, dtype)` holds, or with `original` (a dense tree) what
+    "Trained" is the fp32 sum that training saw: the frozen (4-bit) weight plus its adapter.
+    "Merged" is what `merge(params, adapters, dtype)` holds, or with `original` (a dense tree) what
     `merge(original, adapters, dtype)` holds: then it shows the quantization error too.
     """
     target = named_leaves(attach(original if original is not None else params, adapters))
@@ -65,5 +65,3 @@ def _relative_error(target: Any, trained: Any, dtype: Any) -> jax.Array:
     merged = target.dequantize(dtype) if is_weight(target) else dense_base(target, dtype)
     exact = trained.dequantize(jnp.float32)
     return jnp.linalg.norm(merged.astype(jnp.float32) - exact) / jnp.linalg.norm(exact)
-
-

@@ -67,7 +67,7 @@ def _is_suffix(target: str, name: str) -> bool:
 
 
 def _prefixes(path: str) -> list[str]:
-    """The names of the modules around a parameter, and its own: "a/b/scale" -> a, a.b, a.b.scale."""
+    """The modules around a parameter, and itself: "a/b/scale" -> a, a.b, a.b.scale."""
     parts = path.split("/")
     return [".".join(parts[: i + 1]) for i in range(len(parts))]
 

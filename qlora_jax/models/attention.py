@@ -87,9 +87,7 @@ def _attend(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array | None) ->
 # every layer would be by far the largest residual, and computing them again is cheap.
 # prevent_cse=False: the layers run inside a scan, whose forward and backward loops are separate.
 @functools.partial(jax.checkpoint, prevent_cse=False)
-def _attend_block(
-    q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array | None
-) -> jax.Array:
+def _attend_block(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array | None) -> jax.Array:
     return jax.nn.dot_product_attention(q, k, v, mask=mask)
 
 

@@ -220,9 +220,7 @@ class LlamaConfig:
         return out
 
 
-def _windows(
-    family: str, hf: Mapping[str, Any], layers: int
-) -> tuple[int | None, tuple[str, ...]]:
+def _windows(family: str, hf: Mapping[str, Any], layers: int) -> tuple[int | None, tuple[str, ...]]:
     """The window and which layers use it: all of Mistral, the upper ones of Qwen, none of Llama."""
     if family == "llama":
         return None, (FULL,) * layers

@@ -113,24 +113,22 @@ class Llama(nnx.Module):
         """Final, normalized hidden states [B, T, D]; see `apply_hidden`."""
         config, (batch, time) = self.config, input_ids.shape
         start = jnp.zeros((), jnp.int32) if cache is None else cache.index
-        real = None if attention_mask is None else attention_mask.astype(bool)
-        if cache is not None:
-            _check_room(cache, batch, time)
-            real = jnp.ones((batch, time), bool) if real is None else real
+        valid = None if attention_mask is None else attention_mask.astype(bool)
         if positions is None:
-            positions = _positions(real, batch, time)
+            positions = _positions(valid, batch, time)
             if cache is not None:
                 positions = positions + cache.positions[:, None]
         cos, sin = rotation(config, positions)
 
         queries = start + jnp.arange(time)
         slots = time if cache is None else cache.length
-        valid = real
         if cache is not None:
-            valid = jax.lax.dynamic_update_slice(cache.valid, real, (0, start))
+            _check_room(cache, batch, time)
+            new = jnp.ones((batch, time), bool) if valid is None else valid
+            valid = jax.lax.dynamic_update_slice(cache.valid, new, (0, start))
         windows = _layer_windows(config, slots)
         mask = None
-        if cache is not None or real is not None or windows is not None:
+        if valid is not None or windows is not None:
             mask = causal_mask(queries, slots, valid)
 
         graphdef, stacked = nnx.split(self.layers)
@@ -146,7 +144,7 @@ class Llama(nnx.Module):
                 values = jax.lax.dynamic_update_slice(values, v[None].astype(keys.dtype), place)
                 k, v = keys[number].astype(q.dtype), values[number].astype(q.dtype)
             here = mask
-            if window is not None:
+            if mask is not None and window is not None:
                 here = mask & within_window(queries, slots, window)
             x = x + layer.self_attn.attend(q, k, v, here)
             x = x + layer.mlp(layer.post_attention_layernorm(x))
@@ -155,10 +153,13 @@ class Llama(nnx.Module):
         # The cache travels in the carry, where XLA updates it in place; as scan inputs and outputs
         # it would be copied whole at every token.
         step = jax.checkpoint(layer_step, prevent_cse=False) if remat else layer_step
-        carry = (self.embed_tokens(input_ids), *((None, None) if cache is None else (cache.k, cache.v)))
+        carry = (
+            self.embed_tokens(input_ids),
+            *((None, None) if cache is None else (cache.k, cache.v)),
+        )
         numbers = jnp.arange(config.num_hidden_layers)
         (x, keys, values), _ = jax.lax.scan(step, carry, (stacked, numbers, windows))
-        if cache is not None:
+        if cache is not None and valid is not None:
             cache = Cache(
                 k=keys,
                 v=values,

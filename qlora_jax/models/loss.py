@@ -37,7 +37,9 @@ def causal_lm_loss(
     count = jnp.sum(counted, dtype=jnp.int32)
     rows = rows.at[order].get(mode="promise_in_bounds")
     targets = jnp.where(counted, targets, 0).at[order].get(mode="promise_in_bounds")
-    return _sum_over_chunks(head, head_params, rows, targets, count, chunk), count.astype(jnp.float32)
+    return _sum_over_chunks(head, head_params, rows, targets, count, chunk), count.astype(
+        jnp.float32
+    )
 
 
 def _sum_over_chunks(

@@ -5,8 +5,8 @@ Two ways. Cut the tree, and differentiate one half:
     trainable, frozen = partition(tree, trainable_mask(tree))
     grads = jax.grad(lambda t: loss(combine(t, frozen)))(trainable)
 
-or keep one tree and wrap the optimizer, `freeze_base(optimizer)`; it then needs gradients for the whole
-tree: jax.grad(loss, allow_int=True), 4-bit codes being integers.
+or keep one tree and wrap the optimizer, `freeze_base(optimizer)`; it then needs gradients for the
+whole tree: jax.grad(loss, allow_int=True), 4-bit codes being integers.
 """
 
 from collections.abc import Iterable
@@ -22,9 +22,9 @@ from qlora_jax.quant import path_str
 
 
 def trainable_mask(tree: Any, also: Iterable[str] = ()) -> Any:
-    """A tree of booleans: True on A and B of every LoraArray, and on the parameters at paths `also`.
+    """A tree of booleans: True on A and B of every LoraArray, and on parameters at paths `also`.
 
-    also: what is trained in full, e.g. "lm_head/kernel". Raises KeyError for a path that is not there.
+    also: what is trained in full, e.g. "lm_head/kernel". Raises KeyError for a path that is missing.
     """
     full = set(also)
 
@@ -82,4 +82,4 @@ def _no_updates() -> optax.GradientTransformation:
             raise ValueError("freeze_base: call update with params")
         return jax.tree.map(jnp.zeros_like, params), state
 
-    return optax.GradientTransformation(lambda _: optax.EmptyState(), update)
+    return optax.GradientTransformation(lambda params: optax.EmptyState(), update)

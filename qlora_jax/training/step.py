@@ -43,7 +43,7 @@ class TrainState:
         optimizer: optax.GradientTransformation,
         key: jax.Array | None = None,
     ) -> "TrainState":
-        """The state before the first step. The adapters are copied, since steps donate the state."""
+        """The state before the first step; a copy of the adapters, since steps donate the state."""
         adapters = jax.tree.map(jnp.array, adapters)
         return cls(
             adapters=adapters,
@@ -70,8 +70,8 @@ def make_train_step(
     dropout        probability of dropping inputs of the adapters' A
 
     The objective is the mean over all labelled tokens of the step, whichever micro-batch they are
-    in. Gradients exist for the adapters only: `params` is frozen. metrics, fp32 scalars: loss (mean,
-    before the update), grad_norm (global, before clipping), tokens (labelled).
+    in. Gradients exist for the adapters only: `params` is frozen. metrics, fp32 scalars: loss
+    (mean, before the update), grad_norm (global, before clipping), tokens (labelled).
     """
 
     def gradients(
@@ -108,7 +108,7 @@ def make_train_step(
             shrink = jnp.minimum(1.0, max_grad_norm / jnp.maximum(norm, 1e-30))
             grads = jax.tree.map(lambda g: g * shrink, grads)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.adapters)
-        adapters = optax.apply_updates(state.adapters, updates)
+        adapters: Any = optax.apply_updates(state.adapters, updates)
         new = TrainState(adapters, opt_state, state.step + 1, state.key)
         return new, {"loss": total * scale, "grad_norm": norm, "tokens": tokens}
 
@@ -131,5 +131,6 @@ def _check_micro_batches(batch: Batch, accumulate: int) -> None:
     shapes = {tuple(leaf.shape) for leaf in jax.tree.leaves(batch)}
     if any(not shape or shape[0] != accumulate for shape in shapes):
         raise QloraError(
-            f"accumulate={accumulate} expects batch leaves [{accumulate}, B, ...], got {sorted(shapes)}"
+            f"accumulate={accumulate} expects batch leaves [{accumulate}, B, ...], "
+            f"got {sorted(shapes)}"
         )

@@ -1,0 +1,85 @@
+# Everything sets itself up: the first call makes a virtual environment in $(VENV), later ones reuse it.
+# PYTHON=/path/to/python3.12 chooses the interpreter; otherwise the first of the names below that is
+# Python 3.11 or newer and can make environments.
+
+VENV ?= .venv
+PARITY_VENV ?= .cache/parity
+COMPILERS ?= .cache/compilers
+PYTHON ?= $(shell for p in python3 python3.11 python3.12 python3.13; do \
+	$$p -c 'import sys, venv, ensurepip; sys.exit(sys.version_info < (3, 11))' >/dev/null 2>&1 \
+	&& command -v $$p && break; done)
+PIP_INSTALL = -m pip install --quiet --disable-pip-version-check
+PYTEST_ARGS ?=
+
+.PHONY: help demo test lint types parity compile clean
+.DEFAULT_GOAL := help
+
+help:
+	@echo "make demo     fine-tune a 135M model in 4 bits on this machine's CPU, before and after"
+	@echo "make test     the tests that need no torch"
+	@echo "make lint     ruff: rules and formatting"
+	@echo "make types    pyright"
+	@echo "make parity   comparisons with bitsandbytes, transformers and PEFT (installs torch)"
+	@echo "make compile  a train step through the TPU and GPU compilers, without either device"
+	@echo "make clean    remove the environments and caches"
+
+demo: $(VENV)/.demo
+	$(VENV)/bin/qlora-jax demo
+
+# Two workers: the time goes into compiling, which one process does on about one core.
+test: $(VENV)/.dev
+	$(VENV)/bin/python -m pytest tests --ignore=tests/parity -m "not slow" -n 2 --dist loadfile $(PYTEST_ARGS)
+
+lint: $(VENV)/.dev
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+
+types: $(VENV)/.dev
+	$(VENV)/bin/pyright
+
+parity: $(PARITY_VENV)/.parity
+	$(PARITY_VENV)/bin/python -m pytest tests/parity $(PYTEST_ARGS)
+
+compile: $(COMPILERS)/.tpu $(COMPILERS)/.gpu
+	$(VENV)/bin/python -m tests.compile.run $(COMPILERS)
+
+clean:
+	rm -rf $(VENV) $(PARITY_VENV) $(COMPILERS) .pytest_cache .ruff_cache .hypothesis
+
+# One stamp for each set of packages; pyproject.toml newer than a stamp installs again.
+$(VENV)/bin/python:
+	@test -n "$(PYTHON)" || { echo "No Python 3.11 or newer with the venv module was found;" \
+	  "install one (Debian: apt install python3-venv) or pass PYTHON=/path/to/python." >&2; exit 1; }
+	@echo "Making a virtual environment in $(VENV) with $(PYTHON)"
+	@$(PYTHON) -m venv $(VENV)
+
+$(VENV)/.demo: pyproject.toml | $(VENV)/bin/python
+	@echo "Installing qlora-jax and what the demo needs into $(VENV); a minute or two the first time"
+	@$(VENV)/bin/python $(PIP_INSTALL) -e '.[hf,cli]'
+	@touch $@
+
+$(VENV)/.dev: pyproject.toml | $(VENV)/bin/python
+	@echo "Installing qlora-jax and the developers' tools into $(VENV); a few minutes the first time"
+	@$(VENV)/bin/python $(PIP_INSTALL) -e '.[all,dev]'
+	@touch $@ $(VENV)/.demo
+
+$(PARITY_VENV)/.parity: pyproject.toml
+	@test -n "$(PYTHON)" || { echo "No Python 3.11 or newer was found; pass PYTHON=..." >&2; exit 1; }
+	@echo "Installing torch, transformers, PEFT and bitsandbytes into $(PARITY_VENV); minutes the first time"
+	@test -x $(PARITY_VENV)/bin/python || $(PYTHON) -m venv $(PARITY_VENV)
+	@$(PARITY_VENV)/bin/python $(PIP_INSTALL) -e '.[all,dev,parity]'
+	@touch $@
+
+# The compilers stay outside $(VENV): a JAX that finds them there would look for their devices.
+$(COMPILERS)/.tpu: $(VENV)/.dev
+	@echo "Installing the TPU compiler (libtpu) into $(COMPILERS)/tpu"
+	@$(VENV)/bin/python $(PIP_INSTALL) --upgrade --target $(COMPILERS)/tpu --no-deps libtpu
+	@touch $@
+
+$(COMPILERS)/.gpu: $(VENV)/.dev
+	@echo "Installing the GPU compiler (JAX's CUDA plugin and ptxas) into $(COMPILERS)/gpu"
+	@version=$$($(VENV)/bin/python -c 'import jax; print(jax.__version__)'); \
+	$(VENV)/bin/python $(PIP_INSTALL) --upgrade --target $(COMPILERS)/gpu --no-deps \
+	  jax-cuda13-plugin==$$version jax-cuda13-pjrt==$$version \
+	  nvidia-cuda-nvcc nvidia-nvvm nvidia-cuda-crt
+	@touch $@

@@ -1,0 +1,52 @@
+"""Compile the train step for every target, each in a process of its own.
+
+    python -m tests.compile.run COMPILERS
+
+COMPILERS holds the folders `tpu` (libtpu) and `gpu` (JAX's CUDA plugin, ptxas) as `make compile`
+installs them. A process each, because what a target cannot compile may abort the process.
+"""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+from tests.compile.targets import TARGETS
+
+SETTINGS = {
+    "tpu": {
+        "TPU_SKIP_MDS_QUERY": "1",
+        "TPU_WORKER_HOSTNAMES": "localhost",
+        "TPU_WORKER_ID": "0",
+        "TPU_ACCELERATOR_TYPE": "v5litepod-4",
+    },
+    "gpu": {},
+}
+
+
+def environment(compiler: str, folder: Path) -> dict[str, str]:
+    """Ours, with the compiler's packages importable; the devices themselves are not looked for."""
+    env = os.environ | SETTINGS[compiler] | {"JAX_PLATFORMS": "cpu", "TF_CPP_MIN_LOG_LEVEL": "3"}
+    env["PYTHONPATH"] = os.pathsep.join([str(folder), env.get("PYTHONPATH", "")])
+    if compiler == "gpu":
+        (toolkit,) = folder.glob("nvidia/cu*")  # ptxas and libdevice
+        env["XLA_FLAGS"] = f"{env.get('XLA_FLAGS', '')} --xla_gpu_cuda_data_dir={toolkit}".strip()
+    return env
+
+
+def main(compilers: Path) -> int:
+    failed = []
+    for name, target in TARGETS.items():
+        env = environment(target.compiler, compilers.resolve() / target.compiler)
+        command = [sys.executable, "-m", "tests.compile.train_step", name]
+        if subprocess.run(command, env=env, check=False).returncode:
+            failed.append(name)
+    if failed:
+        print(f"did not compile for: {', '.join(failed)}")
+    return len(failed)
+
+
+if __name__ == "__main__":
+    if len(sys.argv) != 2:
+        raise SystemExit(__doc__)
+    raise SystemExit(main(Path(sys.argv[1])))

@@ -1,0 +1,25 @@
+"""Fixtures of the comparisons with PyTorch's libraries."""
+
+import os
+from pathlib import Path
+
+import pytest
+
+
+@pytest.fixture(scope="session", autouse=True)
+def no_progress_bars():
+    """transformers draws one for every checkpoint it loads."""
+    import transformers
+
+    transformers.utils.logging.disable_progress_bar()
+
+
+@pytest.fixture(scope="session")
+def shared_reference() -> Path:
+    """A stored reference run on SmolLM2-135M, which is not part of the repository."""
+    root = Path(__file__).resolve().parents[2]
+    default = root.parent / "shared" / "goldens" / "smollm2_gsm8k_r16"
+    folder = Path(os.environ.get("QLORA_JAX_REFERENCE_RUN", default))
+    if not folder.is_dir():
+        pytest.skip(f"no reference run in {folder}; set QLORA_JAX_REFERENCE_RUN to a folder of one")
+    return folder
