@@ -1,1 +1,36 @@
-"""QLoRA in JAX."""
+"""QLoRA in JAX: frozen 4-bit base weights, low-rank adapters, any Flax model or function."""
+
+from qlora_jax import lora
+from qlora_jax.checkpoints import peft
+from qlora_jax.checkpoints.load import load
+from qlora_jax.checkpoints.model import Model
+from qlora_jax.errors import QloraError
+from qlora_jax.lift import lift
+from qlora_jax.lora import LoraArray, LoraConfig
+from qlora_jax.quant import FP4, NF4, Policy, QuantizedArray, quantize, quantize_tree
+from qlora_jax.training.masks import combine, freeze_base, partition, trainable_mask
+from qlora_jax.training.step import TrainState, make_eval_step, make_train_step
+
+__all__ = [
+    "FP4",
+    "NF4",
+    "LoraArray",
+    "LoraConfig",
+    "Model",
+    "Policy",
+    "QloraError",
+    "QuantizedArray",
+    "TrainState",
+    "combine",
+    "freeze_base",
+    "lift",
+    "load",
+    "lora",
+    "make_eval_step",
+    "make_train_step",
+    "partition",
+    "peft",
+    "quantize",
+    "quantize_tree",
+    "trainable_mask",
+]

@@ -1,0 +1,143 @@
+"""GGUF files: configuration and tensors. Quantized tensors are dequantized by the gguf package."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from qlora_jax.checkpoints.names import Parameter
+from qlora_jax.errors import QloraError, missing
+from qlora_jax.models import LlamaConfig, RopeConfig
+from qlora_jax.models.rope import inverse_frequencies
+
+ROPE_FACTORS = "rope_freqs.weight"
+
+
+class GGUFFile:
+    """A GGUF file of the Llama family. Raises QloraError for any other or a damaged one."""
+
+    def __init__(self, path: Path) -> None:
+        try:
+            import gguf
+        except ModuleNotFoundError as error:
+            raise missing("gguf", f"reading {path}", "hf") from error
+        self.source = str(path)
+        try:
+            self._reader = gguf.GGUFReader(path)
+        except (ValueError, IndexError, KeyError, OSError) as error:
+            raise QloraError(
+                f"{path}: cannot be read as GGUF ({error}); incomplete download?"
+            ) from error
+        self._dequantize = gguf.quants.dequantize
+        self._tensors = {tensor.name: tensor for tensor in self._reader.tensors}
+        self.architecture = str(self.field("general.architecture"))
+        self.config = self._read_config()
+
+    def field(self, key: str, default: Any = None) -> Any:
+        """A metadata entry, or `default`."""
+        entry = self._reader.fields.get(key)
+        return default if entry is None else entry.contents()
+
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        # GGUF lists the fastest axis first.
+        return {name: tuple(int(n) for n in t.shape[::-1]) for name, t in self._tensors.items()}
+
+    def name(self, parameter: Parameter, layer: int) -> str:
+        return parameter.gguf_name(layer)
+
+    def read(self, parameter: Parameter, layer: int) -> np.ndarray:
+        tensor = self._tensors[parameter.gguf_name(layer)]
+        values = self._dequantize(tensor.data, tensor.tensor_type)
+        values = values.reshape(parameter.file_shape)
+        heads = {
+            "q_proj": self.config.num_attention_heads,
+            "k_proj": self.config.num_key_value_heads,
+        }.get(parameter.path.split("/")[-2])
+        # The files of this one architecture pair neighbouring rows for the rotation, where Hugging
+        # Face pairs the two halves of a head.
+        if heads is None or self.architecture != "llama":
+            return values
+        pairs = values.reshape(heads, -1, 2, *values.shape[1:])
+        return np.ascontiguousarray(np.swapaxes(pairs, 1, 2)).reshape(values.shape)
+
+    def ignorable(self, name: str) -> bool:
+        return name == ROPE_FACTORS
+
+    def _read_config(self) -> LlamaConfig:
+        arch = self.architecture
+        if arch not in ("llama", "qwen2", "qwen3"):
+            raise QloraError(
+                f"{self.source}: architecture {arch!r} is not supported; known: llama, qwen2, qwen3"
+            )
+
+        def need(key: str) -> Any:
+            value = self.field(f"{arch}.{key}")
+            if value is None:
+                raise QloraError(f"{self.source}: the metadata entry {arch}.{key} is missing")
+            return value
+
+        if "token_embd.weight" not in self._tensors:
+            raise QloraError(f"{self.source}: no token_embd.weight; is this a whole model?")
+        heads, width = need("attention.head_count"), need("embedding_length")
+        if isinstance(heads, list):
+            raise QloraError(f"{self.source}: head counts that differ by layer are not supported")
+        head_dim = self.field(f"{arch}.attention.key_length") or width // heads
+        context = need("context_length")
+        hf = {
+            "model_type": arch,
+            "vocab_size": self.shapes()["token_embd.weight"][0],
+            "hidden_size": width,
+            "intermediate_size": need("feed_forward_length"),
+            "num_hidden_layers": need("block_count"),
+            "num_attention_heads": heads,
+            "num_key_value_heads": self.field(f"{arch}.attention.head_count_kv", heads),
+            "head_dim": head_dim,
+            "max_position_embeddings": context,
+            "rms_norm_eps": _shortest(need("attention.layer_norm_rms_epsilon")),
+            "attention_bias": "blk.0.attn_output.bias" in self._tensors,
+            "mlp_bias": "blk.0.ffn_up.bias" in self._tensors,
+            "tie_word_embeddings": "output.weight" not in self._tensors,
+            "bos_token_id": self.field("tokenizer.ggml.bos_token_id"),
+            "eos_token_id": self.field("tokenizer.ggml.eos_token_id"),
+            "pad_token_id": self.field("tokenizer.ggml.padding_token_id"),
+        }
+        theta = _shortest(self.field(f"{arch}.rope.freq_base", 10000.0))
+        hf["rope_parameters"] = {"rope_theta": theta, **self._rope(theta, head_dim, context)}
+        return LlamaConfig.from_hf(hf)
+
+    def _rope(self, theta: float, head_dim: int, context: int) -> dict[str, Any]:
+        arch = self.architecture
+        if ROPE_FACTORS in self._tensors:
+            return self._llama3_rope(theta, head_dim)
+        kind = self.field(f"{arch}.rope.scaling.type", "none")
+        if kind == "none":
+            return {"rope_type": "default"}
+        if kind not in ("linear", "yarn"):
+            raise QloraError(f"{self.source}: rope scaling {kind!r} is not supported")
+        rope = {"rope_type": kind, "factor": self.field(f"{arch}.rope.scaling.factor")}
+        if kind == "yarn":
+            original = self.field(f"{arch}.rope.scaling.original_context_length", context)
+            rope["original_max_position_embeddings"] = original
+        return rope
+
+    def _llama3_rope(self, theta: float, head_dim: int) -> dict[str, Any]:
+        """Llama 3's scaling: files hold what it divides each frequency by, not its settings."""
+        tensor = self._tensors[ROPE_FACTORS]
+        divisors = self._dequantize(tensor.data, tensor.tensor_type).reshape(-1)
+        # All Llama 3.x share these; `factor`, the largest divisor, is 8 or 32.
+        settings = {
+            "factor": float(divisors.max()),
+            "low_freq_factor": 1.0,
+            "high_freq_factor": 4.0,
+            "original_max_position_embeddings": 8192,
+        }
+        plain, _ = inverse_frequencies(RopeConfig(theta=theta), head_dim)
+        scaled, _ = inverse_frequencies(RopeConfig("llama3", theta, **settings), head_dim)
+        if divisors.shape != plain.shape or not np.allclose(plain / divisors, scaled, rtol=1e-4):
+            raise QloraError(f"{self.source}: {ROPE_FACTORS} is not Llama 3's rope scaling")
+        return {"rope_type": "llama3", **settings}
+
+
+def _shortest(x: float) -> float:
+    """An fp32 number as it was written: 1e-5, not 9.999999747378752e-06."""
+    return float(str(np.float32(x)))

@@ -1,0 +1,136 @@
+"""`load`: from a checkpoint on disk or on the hub to a Model, quantizing tensor by tensor."""
+
+import functools
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.typing import DTypeLike
+
+from qlora_jax.checkpoints import quantized, tokenizer
+from qlora_jax.checkpoints.gguf import GGUFFile
+from qlora_jax.checkpoints.hub import download
+from qlora_jax.checkpoints.model import Model
+from qlora_jax.checkpoints.names import Parameter, parameters
+from qlora_jax.checkpoints.tensors import SafetensorsFolder, Tensors, read_json
+from qlora_jax.errors import QloraError
+from qlora_jax.models import LlamaConfig
+from qlora_jax.quant import Policy, QuantConfig, quantize
+
+
+def load(
+    source: str | Path,
+    *,
+    quantization: QuantConfig | None = None,
+    dtype: DTypeLike | None = None,
+    policy: Policy | None = None,
+) -> Model:
+    """A model of the Llama family, its linear weights in 4 bits.
+
+    source        a folder with config.json and safetensors, a .gguf file, a folder that
+                  `save_quantized` wrote, or the name of a model on the Hugging Face hub
+    quantization  NF4() or FP4(); None: weights as they are stored
+    dtype         of the computation and of weights that stay dense: fp32 on CPU, bf16 elsewhere
+    policy        which weights are quantized: by default every linear kernel but the output head
+
+    Tensors are read and quantized one after the other: the host never holds more than the result
+    and two tensors. Raises QloraError for what cannot be read, with every missing, surplus or
+    misshapen tensor listed, and for weights that are not finite.
+    """
+    path = _locate(source)
+    default = jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16
+    dtype = jnp.dtype(default if dtype is None else dtype)
+    if path.suffix == ".gguf":
+        file = GGUFFile(path)
+        config, tokens, tensors = file.config, tokenizer.from_gguf(file), file
+    else:
+        config = _read_config(path)
+        tokens = tokenizer.from_folder(path)
+        if quantized.is_quantized_folder(path):
+            params = quantized.load_params(path, config, quantization, dtype)
+            return Model(config, params, tokens, str(source), dtype)
+        tensors = SafetensorsFolder(path)
+    _check(config, tensors)
+    choose = policy or Policy()
+    params: dict[str, Any] = {}
+    for parameter in parameters(config):
+        use = quantization if choose.selects(parameter.path, parameter.shape) else None
+        _put(params, parameter.path, _read(parameter, tensors, use, dtype))
+    return Model(config, params, tokens, str(source), dtype)
+
+
+def _locate(source: str | Path) -> Path:
+    path = Path(source).expanduser()
+    if path.exists():
+        if path.is_file() and path.suffix != ".gguf":
+            raise QloraError(f"{path}: a file, but no .gguf; give the folder of the checkpoint")
+        return path
+    return download(str(source))
+
+
+def _read_config(folder: Path) -> LlamaConfig:
+    try:
+        return LlamaConfig.from_hf(read_json(folder / "config.json"))
+    except QloraError as error:
+        raise QloraError(f"{folder}: {error}") from error
+
+
+def _check(config: LlamaConfig, tensors: Tensors) -> None:
+    """Names and shapes of everything, before anything is read."""
+    have = tensors.shapes()
+    faults, expected = [], set()
+    for parameter in parameters(config):
+        for layer in range(parameter.layers):
+            name = tensors.name(parameter, layer)
+            expected.add(name)
+            if name not in have:
+                faults.append(f"{name}: missing")
+            elif have[name] != parameter.file_shape:
+                faults.append(f"{name}: has shape {have[name]}, expected {parameter.file_shape}")
+    surplus = [name for name in have if name not in expected and not tensors.ignorable(name)]
+    faults += [f"{name}: surplus, nothing in a {config.model_type} uses it" for name in surplus]
+    if faults:
+        raise QloraError(
+            f"{tensors.source}: the tensors do not fit the configuration:\n  " + "\n  ".join(faults)
+        )
+
+
+def _read(
+    parameter: Parameter, tensors: Tensors, quantization: QuantConfig | None, dtype: DTypeLike
+) -> Any:
+    """The whole leaf, its layers written into place one by one."""
+    # Norm scales take little room, and are used in fp32.
+    kept = jnp.float32 if parameter.path.endswith("/scale") else dtype
+
+    def one(layer: int) -> Any:
+        name = tensors.name(parameter, layer)
+        x = parameter.to_file(tensors.read(parameter, layer))
+        if quantization is not None:
+            return quantize(np.ascontiguousarray(x), quantization, name=name)
+        x = jnp.asarray(np.ascontiguousarray(x), kept)
+        if not bool(jnp.isfinite(x).all()):
+            raise QloraError(f"{name}: holds numbers that are not finite; check the checkpoint")
+        return x
+
+    if not parameter.stacked:
+        return one(0)
+    first = one(0)
+    whole = jax.tree.map(lambda leaf: jnp.zeros((parameter.layers, *leaf.shape), leaf.dtype), first)
+    whole = _write(whole, first, 0)
+    for layer in range(1, parameter.layers):
+        whole = _write(whole, one(layer), layer)
+    return whole
+
+
+@functools.partial(jax.jit, donate_argnums=0)
+def _write(whole: Any, part: Any, at: int) -> Any:
+    return jax.tree.map(lambda w, p: w.at[at].set(p), whole, part)
+
+
+def _put(tree: dict[str, Any], path: str, leaf: Any) -> None:
+    *parents, last = path.split("/")
+    for parent in parents:
+        tree = tree.setdefault(parent, {})
+    tree[last] = leaf

@@ -1,0 +1,113 @@
+"""Model: a configuration, a parameter tree, a tokenizer, and the functions that go with them."""
+
+import dataclasses
+import functools
+from typing import Any
+
+import jax
+from jax.typing import DTypeLike
+
+from qlora_jax.lift import lift
+from qlora_jax.models import Cache, LlamaConfig, llama
+from qlora_jax.models.loss import causal_lm_loss
+
+Batch = dict[str, Any]
+
+
+@dataclasses.dataclass(frozen=True, repr=False)
+class Model:
+    """A language model as `load` returns it.
+
+    config     the architecture
+    params     nested dict of arrays; QuantizedArray where a weight is in 4 bits
+    tokenizer  transformers' fast tokenizer, or None if the checkpoint has none
+    source     where it came from
+    dtype      of the computation; norms, softmax and the loss are fp32 throughout
+
+    The functions take the parameters as an argument: `params`, or what `lora.attach` makes of them.
+    All are pure and can be jit-compiled and differentiated.
+    """
+
+    config: LlamaConfig
+    params: Any
+    tokenizer: Any
+    source: str
+    dtype: DTypeLike
+
+    def apply(
+        self,
+        params: Any,
+        input_ids: jax.Array,
+        *,
+        attention_mask: jax.Array | None = None,
+        positions: jax.Array | None = None,
+        cache: Cache | None = None,
+        remat: bool = False,
+    ) -> tuple[jax.Array, Cache | None]:
+        """Logits, fp32 [B, T, V], of input_ids [B, T], and the extended cache (None without one).
+
+        attention_mask [B, T]: zero on padding, on either side; positions [B, T]: counted from the
+        mask if None; cache: of `new_cache`; remat: keep only each layer's input for the gradient.
+        """
+        hidden, cache = self.hidden(
+            params,
+            input_ids,
+            attention_mask=attention_mask,
+            positions=positions,
+            cache=cache,
+            remat=remat,
+        )
+        return self.head(params, hidden), cache
+
+    def hidden(
+        self,
+        params: Any,
+        input_ids: jax.Array,
+        *,
+        attention_mask: jax.Array | None = None,
+        positions: jax.Array | None = None,
+        cache: Cache | None = None,
+        remat: bool = False,
+    ) -> tuple[jax.Array, Cache | None]:
+        """Hidden states [B, T, D] after the final norm, and the cache; arguments as for `apply`."""
+        hidden = functools.partial(llama.apply_hidden, self.config, dtype=self.dtype, remat=remat)
+        return lift(hidden, strict=True)(
+            params, input_ids, attention_mask=attention_mask, positions=positions, cache=cache
+        )
+
+    def head(self, params: Any, hidden: jax.Array) -> jax.Array:
+        """Logits, fp32 [..., V], of hidden states [..., D]."""
+        head = functools.partial(llama.apply_head, self.config, dtype=self.dtype)
+        return lift(head, strict=True)(params, hidden)
+
+    def loss(
+        self, params: Any, batch: Batch, *, remat: bool = False
+    ) -> tuple[jax.Array, jax.Array]:
+        """(sum of the token losses, number of labelled tokens), what `make_train_step` wants.
+
+        batch: input_ids [B, T], labels [B, T] (not shifted; -100: ignored), and, if there is
+        padding, attention_mask [B, T].
+        """
+        hidden, _ = self.hidden(
+            params, batch["input_ids"], attention_mask=batch.get("attention_mask"), remat=remat
+        )
+        # The loss differentiates the head apart from the rest, which it does not touch.
+        own = "embed_tokens" if self.config.tie_word_embeddings else "lm_head"
+        rest = {name: tree for name, tree in params.items() if name != own}
+
+        def head(head_params: Any, rows: jax.Array) -> jax.Array:
+            return self.head({**rest, own: head_params}, rows)
+
+        return causal_lm_loss(head, params[own], hidden, batch["labels"])
+
+    def new_cache(self, batch: int, length: int) -> Cache:
+        """An empty cache for generating up to `length` tokens, prompt included."""
+        return Cache.create(self.config, batch, length, self.dtype)
+
+    def __repr__(self) -> str:
+        leaves = jax.tree.leaves(self.params)
+        size = sum(leaf.size * leaf.dtype.itemsize for leaf in leaves)
+        return (
+            f"Model({self.config.model_type}, {self.config.num_hidden_layers} layers, "
+            f"{size / 1e6:.0f} MB, source={self.source!r})"
+        )

@@ -1,0 +1,344 @@
+"""Adapters in PEFT's format: adapter_config.json and adapter_model.safetensors, both ways."""
+
+import collections
+import dataclasses
+import json
+import math
+import re
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+
+from qlora_jax.checkpoints.folder import new_file
+from qlora_jax.checkpoints.model import Model
+from qlora_jax.checkpoints.names import Parameter, parameters
+from qlora_jax.checkpoints.tensors import open_safetensors, read_json
+from qlora_jax.errors import QloraError, missing
+from qlora_jax.lora import Adapters, LoraConfig, LoraWeights
+from qlora_jax.lora.adapters import named_leaves
+from qlora_jax.lora.targets import module_name
+from qlora_jax.quant import QuantizedArray
+
+CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+_PREFIX = "base_model.model."
+_KEY = re.compile(r"(?P<module>.+)\.(?P<what>lora_A\.weight|lora_B\.weight|lora_embedding_[AB])")
+# What PEFT can do to a LoRA that we cannot; its value where it does nothing.
+_UNSUPPORTED = {
+    "bias": "none",
+    "use_dora": False,
+    "lora_bias": False,
+    "fan_in_fan_out": False,
+    "layer_replication": None,
+    "target_parameters": None,
+    "trainable_token_indices": None,
+    "alora_invocation_tokens": None,
+    "use_bdlora": None,
+    "arrow_config": None,
+}
+
+
+def save(
+    folder: str | Path, adapters: Adapters, model: Model, config: LoraConfig | None = None
+) -> None:
+    """Writes `adapters` of `model` as PEFT does; PEFT loads them onto the same base model.
+
+    Rank and alpha come from the adapters; `config`, the one they were made by, adds dropout and
+    rsLoRA. An adapter already in `folder` is replaced. Raises QloraError for a path that the model
+    lacks.
+    """
+    try:
+        from safetensors.numpy import save_file
+    except ModuleNotFoundError as error:
+        raise missing("safetensors", f"writing {folder}", "hf") from error
+    table = {parameter.path: parameter for parameter in parameters(model.config)}
+    strangers = [path for path in adapters if path not in table]
+    if strangers:
+        raise QloraError(f"the model has no parameters {strangers}")
+    tensors = {_PREFIX + name: x for name, x in _tensors(adapters, table, model)}
+    description = _describe(adapters, table, model, config or LoraConfig())
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    with new_file(folder / WEIGHTS) as part:
+        save_file(tensors, part, metadata={"format": "pt"})
+    with new_file(folder / CONFIG) as part:
+        part.write_text(json.dumps(description, indent=2) + "\n", encoding="utf-8")
+
+
+def _tensors(
+    adapters: Adapters, table: Mapping[str, Parameter], model: Model
+) -> Iterator[tuple[str, np.ndarray]]:
+    full = {p.hf_module for p in table.values() if _is_full(adapters.get(p.path))}
+    frozen = named_leaves(model.params)
+    for path, parameter in table.items():
+        adapter = adapters.get(path)
+        if adapter is None and parameter.hf_module in full:
+            adapter = frozen[path]  # PEFT stores whole modules: a bias too that was not trained
+        if adapter is None:
+            continue
+        for layer in range(parameter.layers):
+            at = layer if parameter.stacked else ...
+            if not isinstance(adapter, LoraWeights):
+                yield parameter.hf_name(layer), _contiguous(parameter.to_file(adapter[at]))
+                continue
+            names = _factor_names(parameter)
+            module = parameter.hf_module.format(layer)
+            yield f"{module}.{names[0]}", _contiguous(adapter.a[at].T)
+            yield f"{module}.{names[1]}", _contiguous(adapter.b[at].T)
+
+
+def _is_full(adapter: Any) -> bool:
+    return adapter is not None and not isinstance(adapter, LoraWeights)
+
+
+def _factor_names(parameter: Parameter) -> tuple[str, str]:
+    if parameter.kernel:
+        return "lora_A.weight", "lora_B.weight"
+    return "lora_embedding_A", "lora_embedding_B"
+
+
+def _contiguous(x: Any) -> np.ndarray:
+    return np.ascontiguousarray(np.asarray(x, np.float32))
+
+
+def _describe(
+    adapters: Adapters, table: Mapping[str, Parameter], model: Model, config: LoraConfig
+) -> dict[str, Any]:
+    """adapter_config.json: the commonest rank and alpha, and patterns for the others."""
+    settings: dict[str, tuple[int, float]] = {}
+    for path, adapter in adapters.items():
+        if not isinstance(adapter, LoraWeights):
+            continue
+        divisor = math.sqrt(adapter.rank) if config.rslora else adapter.rank
+        module = table[path].hf_module
+        if isinstance(adapter.scaling, tuple):
+            for layer, scaling in enumerate(adapter.scaling):
+                settings[module.format(layer)] = (adapter.rank, _number(scaling * divisor))
+        else:
+            name = module.rpartition("{}.")[2]
+            settings[name] = (adapter.rank, _number(adapter.scaling * divisor))
+    usual = collections.Counter(settings.values()).most_common(1)
+    rank, alpha = usual[0][0] if usual else (config.rank, config.alpha)
+    full = {table[p].hf_module for p, adapter in adapters.items() if _is_full(adapter)}
+    embedded = "embed_tokens/embedding" in adapters and model.config.tie_word_embeddings
+    return {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": model.source,
+        "inference_mode": True,
+        "r": rank,
+        "lora_alpha": alpha,
+        "lora_dropout": config.dropout,
+        "use_rslora": config.rslora,
+        "target_modules": sorted(
+            {
+                table[path].hf_module.rpartition(".")[2]
+                for path, adapter in adapters.items()
+                if isinstance(adapter, LoraWeights)
+            }
+        ),
+        "modules_to_save": sorted(name.rpartition("{}.")[2] for name in full) or None,
+        "rank_pattern": {name: r for name, (r, _) in settings.items() if r != rank},
+        "alpha_pattern": {name: a for name, (_, a) in settings.items() if a != alpha},
+        # The head of a tied model is the embedding, so what is added to one is added to both.
+        "ensure_weight_tying": embedded,
+        "bias": "none",
+        "use_dora": False,
+        "fan_in_fan_out": False,
+    }
+
+
+def _number(x: float) -> float:
+    """32, where arithmetic on scaling left 32.000000000000004."""
+    return round(x) if math.isclose(x, round(x), rel_tol=1e-9, abs_tol=1e-12) else x
+
+
+def load(folder: str | Path, model: Model) -> tuple[Adapters, LoraConfig]:
+    """(adapters, configuration) of a PEFT LoRA in `folder`, to be attached to `model.params`.
+
+    Ranks that differ among the layers are padded with zeros, which stay zero in training. Raises
+    QloraError for what is no LoRA, for a variant that is not supported, and, listing them all, for
+    tensors that do not fit the model.
+    """
+    folder = Path(folder)
+    about = read_json(folder / CONFIG)
+    _check_supported(about, folder, model)
+    if not (folder / WEIGHTS).is_file():
+        pickled = (folder / "adapter_model.bin").is_file()
+        hint = "; adapter_model.bin is a pickle, which is not read" if pickled else ""
+        raise QloraError(f"{folder / WEIGHTS} is not there{hint}")
+    with open_safetensors(folder / WEIGHTS) as file:
+        tensors = {name.removeprefix(_PREFIX): file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    reading = _Reading(about, model)
+    for name, x in sorted(tensors.items()):
+        reading.take(name, x)
+    reading.finish(folder)
+    return reading.adapters, reading.config()
+
+
+def _check_supported(about: Mapping[str, Any], folder: Path, model: Model) -> None:
+    where = folder / CONFIG
+    if about.get("peft_type") != "LORA":
+        raise QloraError(
+            f"{where}: peft_type is {about.get('peft_type')!r}; only LORA is supported"
+        )
+    used = [key for key, off in _UNSUPPORTED.items() if about.get(key, off) not in (off, None)]
+    if used:
+        settings = ", ".join(f"{key}={about[key]!r}" for key in used)
+        raise QloraError(f"{where}: not supported: {settings}")
+    if not isinstance(about.get("r"), int) or "lora_alpha" not in about:
+        raise QloraError(f"{where}: r or lora_alpha is missing")
+
+
+class _Reading:
+    """Tensors of a file collected into adapters, with everything that does not fit."""
+
+    def __init__(self, about: Mapping[str, Any], model: Model) -> None:
+        self.about, self.model = about, model
+        self.adapters: Adapters = {}
+        self.faults: list[str] = []
+        self._modules: dict[str, tuple[Parameter, int]] = {}
+        self._names: dict[str, tuple[Parameter, int]] = {}
+        for parameter in parameters(model.config):
+            for layer in range(parameter.layers):
+                self._names[parameter.hf_name(layer)] = parameter, layer
+                if parameter.path.endswith(("/kernel", "/embedding")):
+                    self._modules[parameter.hf_module.format(layer)] = parameter, layer
+        self._factors: dict[Parameter, dict[int, dict[str, np.ndarray]]] = {}
+        self._full: dict[Parameter, dict[int, np.ndarray]] = {}
+
+    def take(self, name: str, x: np.ndarray) -> None:
+        match = _KEY.fullmatch(name)
+        owner = self._modules.get(match["module"]) if match else self._names.get(name)
+        if owner is None:
+            self.faults.append(f"{name}: the model has no such module")
+            return
+        parameter, layer = owner
+        if match is None:
+            self._full.setdefault(parameter, {})[layer] = x
+        elif match["what"] not in _factor_names(parameter):
+            self.faults.append(f"{name}: not what an adapter of this module is called")
+        else:
+            factor = "A" if "A" in match["what"].removeprefix("lora_") else "B"
+            self._factors.setdefault(parameter, {}).setdefault(layer, {})[factor] = x
+
+    def finish(self, folder: Path) -> None:
+        for parameter, layers in self._factors.items():
+            self._finish_factors(parameter, layers)
+        leaves = named_leaves(self.model.params)
+        for parameter, layers in self._full.items():
+            self._finish_full(parameter, layers, leaves[parameter.path])
+        if not self.adapters and not self.faults:
+            self.faults.append("no adapter at all in the file")
+        if self.faults:
+            raise QloraError(
+                f"{folder}: the adapter does not fit the model:\n  " + "\n  ".join(self.faults)
+            )
+
+    def _finish_factors(
+        self, parameter: Parameter, layers: dict[int, dict[str, np.ndarray]]
+    ) -> None:
+        # Of a file's [out, in] weight; an embedding is [V, D] in files too, and A is over V.
+        one = parameter.shape[1:] if parameter.stacked else parameter.shape
+        k, n = one
+        before = len(self.faults)
+        ranks: dict[int, int] = {}
+        for layer, factors in layers.items():
+            module = parameter.hf_module.format(layer)
+            if set(factors) != {"A", "B"}:
+                self.faults.append(f"{module}: has {'/'.join(sorted(factors))}, needs both A and B")
+                continue
+            a, b = factors["A"].shape, factors["B"].shape
+            rank = self._setting("r", "rank_pattern", module)
+            if a != (rank, k) or b != (n, rank):
+                self.faults.append(
+                    f"{module}: A {a} and B {b}, expected {(rank, k)} and {(n, rank)}"
+                )
+            ranks[layer] = int(rank)
+        if len(self.faults) > before:
+            return
+        if parameter.path == "embed_tokens/embedding" and self._head_apart():
+            self.faults.append(
+                f"{parameter.hf_module}: the model's head is tied to its embedding, but the "
+                "adapter is of the embedding alone (trained without ensure_weight_tying)"
+            )
+        width = max(ranks.values())
+        a = np.zeros((parameter.layers, k, width), np.float32)
+        b = np.zeros((parameter.layers, width, n), np.float32)
+        scaling = [0.0] * parameter.layers
+        for layer, factors in layers.items():
+            rank = ranks[layer]
+            a[layer, :, :rank] = factors["A"].astype(np.float32).T
+            b[layer, :rank] = factors["B"].astype(np.float32).T
+            alpha = self._setting("lora_alpha", "alpha_pattern", parameter.hf_module.format(layer))
+            root = math.sqrt(rank) if self.about.get("use_rslora") else rank
+            scaling[layer] = float(alpha) / root
+        same = scaling[0] if len(set(scaling)) == 1 else tuple(scaling)
+        if not parameter.stacked:
+            a, b = a[0], b[0]
+        self.adapters[parameter.path] = LoraWeights(jnp.asarray(a), jnp.asarray(b), same)
+
+    def _finish_full(self, parameter: Parameter, layers: dict[int, np.ndarray], leaf: Any) -> None:
+        before = len(self.faults)
+        for layer, x in layers.items():
+            if x.shape != parameter.file_shape:
+                name = parameter.hf_name(layer)
+                self.faults.append(f"{name}: {x.shape}, expected {parameter.file_shape}")
+        if lost := set(range(parameter.layers)) - set(layers):
+            self.faults.append(f"{parameter.hf_module}: trained in full, but not layers {lost}")
+        if isinstance(leaf, QuantizedArray):
+            self.faults.append(
+                f"{parameter.path}: trained in full but quantized here; load the model with a "
+                "quantization policy that excludes it"
+            )
+        if parameter.path == "embed_tokens/embedding" and self._head_apart():
+            self.faults.append(
+                f"{parameter.hf_module}: trained in full and apart from the head that this model "
+                "ties to it"
+            )
+        if len(self.faults) > before:
+            return
+        ours = [parameter.to_file(layers[i].astype(np.float32)) for i in range(parameter.layers)]
+        whole = np.stack(ours) if parameter.stacked else ours[0]
+        self.adapters[parameter.path] = jnp.asarray(whole)
+
+    def _head_apart(self) -> bool:
+        tied = self.model.config.tie_word_embeddings
+        return tied and not self.about.get("ensure_weight_tying")
+
+    def _setting(self, key: str, patterns: str, module: str) -> Any:
+        """PEFT's rule: the first pattern that matches the end of the name, else the default."""
+        for pattern, value in (self.about.get(patterns) or {}).items():
+            if re.match(rf"(.*\.)?({pattern})$", module):
+                return value
+        return self.about[key]
+
+    def config(self) -> LoraConfig:
+        """The configuration by which `lora.init` would make such adapters."""
+        about, rank, alpha = self.about, self.about["r"], self.about["lora_alpha"]
+        low_rank = {
+            module_name(path): adapter
+            for path, adapter in self.adapters.items()
+            if isinstance(adapter, LoraWeights)
+        }
+        config = LoraConfig(
+            rank=rank,
+            alpha=alpha,
+            dropout=about.get("lora_dropout") or 0.0,
+            rslora=bool(about.get("use_rslora")),
+            targets=tuple(low_rank),
+            rank_pattern={n: w.rank for n, w in low_rank.items() if w.rank != rank},
+            modules_to_save=tuple(
+                path.replace("/", ".")
+                for path, adapter in self.adapters.items()
+                if not isinstance(adapter, LoraWeights)
+            ),
+        )
+        alphas = {}
+        for name, weights in low_rank.items():
+            if isinstance(weights.scaling, float) and weights.scaling != config.scaling_of(name):
+                root = math.sqrt(weights.rank) if config.rslora else weights.rank
+                alphas[name] = weights.scaling * root
+        return dataclasses.replace(config, alpha_pattern=alphas)

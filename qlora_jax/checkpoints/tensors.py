@@ -1,0 +1,133 @@
+"""Where tensors are read from, one at a time: a folder of safetensors."""
+
+import contextlib
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+
+from qlora_jax.checkpoints.names import Parameter
+from qlora_jax.errors import QloraError, missing
+
+INDEX = "model.safetensors.index.json"
+SINGLE = "model.safetensors"
+
+
+class Tensors(Protocol):
+    """Named tensors on disk."""
+
+    source: str
+
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Name -> shape of everything that is there, read from headers alone."""
+        ...
+
+    def name(self, parameter: Parameter, layer: int) -> str:
+        """What this format calls one layer of a parameter."""
+        ...
+
+    def read(self, parameter: Parameter, layer: int) -> np.ndarray:
+        """One layer of a parameter, axes and rows ordered as Hugging Face has them."""
+        ...
+
+    def ignorable(self, name: str) -> bool:
+        """Whether a tensor that belongs to no parameter may be passed over."""
+        ...
+
+
+class SafetensorsFolder:
+    """model.safetensors, or the shards that model.safetensors.index.json lists.
+
+    Raises QloraError if there is neither, if the index names a file outside the folder, one that is
+    not there, or a tensor that its file lacks.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.source = str(folder)
+        self._file_of: dict[str, Path] = {}
+        self._shapes: dict[str, tuple[int, ...]] = {}
+        index = folder / INDEX
+        if index.is_file():
+            listed = _read_index(index)
+            files = sorted(set(listed.values()))
+        elif (folder / SINGLE).is_file():
+            listed, files = None, [folder / SINGLE]
+        else:
+            raise QloraError(f"{folder}: neither {SINGLE} nor {INDEX} is there{_pickles(folder)}")
+        for file in files:
+            with open_safetensors(file) as opened:
+                for name in opened.keys():  # noqa: SIM118 (no mapping)
+                    self._file_of[name] = file
+                    self._shapes[name] = tuple(opened.get_slice(name).get_shape())
+        lost = [n for n, file in (listed or {}).items() if self._file_of.get(n) != file]
+        if lost:
+            raise QloraError(f"{index}: not in the files it names: {', '.join(sorted(lost))}")
+
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        return self._shapes
+
+    def name(self, parameter: Parameter, layer: int) -> str:
+        return parameter.hf_name(layer)
+
+    def read(self, parameter: Parameter, layer: int) -> np.ndarray:
+        name = parameter.hf_name(layer)
+        # Opened for each tensor, since an open file keeps every page that was read mapped.
+        with open_safetensors(self._file_of[name]) as opened:
+            return opened.get_tensor(name)
+
+    def ignorable(self, name: str) -> bool:
+        # Old files hold the rotary frequencies; a tied head may be stored although it is tied.
+        return name.endswith("rotary_emb.inv_freq") or name == "lm_head.weight"
+
+
+@contextlib.contextmanager
+def open_safetensors(file: Path) -> Iterator[Any]:
+    """The file opened by the safetensors package; its complaints become QloraError."""
+    try:
+        from safetensors import SafetensorError, safe_open
+    except ModuleNotFoundError as error:
+        raise missing("safetensors", f"reading {file}", "hf") from error
+    try:
+        with safe_open(file, framework="np") as opened:
+            yield opened
+    except (SafetensorError, OSError) as error:
+        raise QloraError(
+            f"{file}: cannot be read as safetensors ({error}); incomplete download?"
+        ) from error
+
+
+def _read_index(index: Path) -> dict[str, Path]:
+    """Tensor name -> file, every file checked to lie in the folder."""
+    content = read_json(index)
+    weight_map = content.get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise QloraError(f"{index}: no 'weight_map' that says which file holds which tensor")
+    folder = index.parent
+    for file in sorted(set(map(str, weight_map.values()))):
+        # A plain name cannot leave the folder, and shards never lie deeper.
+        if Path(file).name != file or file in ("", ".", "..") or "\\" in file:
+            raise QloraError(f"{index}: refusing {file!r}, which is not a file name in its folder")
+        if not (folder / file).is_file():
+            raise QloraError(f"{index}: names {file}, which is not there; incomplete download?")
+    return {name: folder / str(file) for name, file in weight_map.items()}
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The JSON object in a file; QloraError if it holds anything else."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise QloraError(f"{path} is not there") from error
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise QloraError(f"{path}: not JSON ({error})") from error
+    if not isinstance(content, dict):
+        raise QloraError(f"{path}: expected a JSON object, found {type(content).__name__}")
+    return content
+
+
+def _pickles(folder: Path) -> str:
+    if not any(folder.glob("*.bin")):
+        return ""
+    return "; the .bin files there are pickles, which are not read: convert them to safetensors"
