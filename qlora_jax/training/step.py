@@ -103,7 +103,7 @@ def make_train_step(
             (total, tokens, grads), _ = jax.lax.scan(micro, start, (batch, keys))
         scale = 1.0 / jnp.maximum(tokens, 1.0)
         grads = jax.tree.map(lambda g: g * scale, grads)
-        norm = optax.global_norm(grads)
+        norm = optax.tree.norm(grads)
         if max_grad_norm is not None:
             shrink = jnp.minimum(1.0, max_grad_norm / jnp.maximum(norm, 1e-30))
             grads = jax.tree.map(lambda g: g * shrink, grads)
