@@ -5,8 +5,10 @@ A record is one line of JSON in a compact house schema that cannot be guessed fr
     Record: On 14 March Maria Lopez bought three lamps in Lisbon for 42.50 euros.
     {"t":"B","p":"Lopez/Maria","q":"3*lamps","l":"Lisbon","d":"0314","v":4250}
 
-t: B bought, R returned. p: family name first. q: count*item. l: the city. d: month and day. v: cents.
-The test split has its own sentence templates and its own names, items and cities: none of them occurs in training.
+t: B bought, R returned. p: family name first. q: count*item. l: the city. d: month and day.
+v: cents.
+The test split has its own sentence templates and its own names, items and cities: none of them
+occurs in training.
 """
 
 from __future__ import annotations
@@ -63,7 +65,7 @@ TRAIN = Words(
         ("R", "{n} {items} came back from {who} in {city} on {date}: refund EUR {v}."),
         ("R", "Return on {date}: {who}, {city}, {n} {items}, €{v}."),
         ("R", "In {city}, {who} returned {n} {items} on {date} for a refund of €{v}."),
-        ("R", "{who} did not like the {n} {items} and sent them back from {city} on {date}, {v} euros."),
+        ("R", "{who} sent the {n} {items} back from {city} on {date}, {v} euros."),
         ("R", "A refund of {v} euros went to {who}, {city}, on {date} for {n} {items}."),
         ("R", "{date}, {city}: {who} brings back {n} {items} and gets {v} euros."),
         ("R", "Our shop in {city} took back {n} {items} from {who} on {date} for {v} euros."),
@@ -154,7 +156,7 @@ def _make_example(words: Words, random: Random) -> dict[str, str]:
 
 
 def make_examples(split: Split, count: int, seed: int = 0) -> list[dict[str, str]]:
-    """`count` different rows {"prompt", "completion"}; the same for the same split, count, and seed."""
+    """`count` different rows {"prompt", "completion"}; a function of split, count and seed."""
     if split not in ("train", "test"):
         raise QloraError(f"split must be 'train' or 'test', not {split!r}")
     random = Random(f"{split}-{seed}")
@@ -167,7 +169,7 @@ def make_examples(split: Split, count: int, seed: int = 0) -> list[dict[str, str
 
 
 def exact_match(answers: Sequence[str], references: Sequence[str]) -> float:
-    """The share of answers equal to their reference, character for character but for outer space."""
+    """The share of answers equal to their reference, but for space around them."""
     if len(answers) != len(references) or not references:
         raise QloraError(
             f"need as many answers as references, at least one; "

@@ -1,9 +1,9 @@
 """From rows of text to padded batches of token ids.
 
-    examples = read_examples("train.jsonl")                       # rows -> conversations
-    dataset = tokenize(examples, model.tokenizer, max_length=512) # conversations -> ids and labels
-    for batch in batches(dataset, 8, seed=0, sequence_length=512):
-        ...                                                       # dict of int32 arrays [B, T]
+examples = read_examples("train.jsonl")                       # rows -> conversations
+dataset = tokenize(examples, model.tokenizer, max_length=512) # conversations -> ids and labels
+for batch in batches(dataset, 8, seed=0, sequence_length=512):
+    ...                                                       # dict of int32 arrays [B, T]
 """
 
 from qlora_jax.data.batches import Batch, batches, evaluation_batches

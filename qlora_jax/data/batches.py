@@ -46,8 +46,9 @@ def batches(
 ) -> Iterator[Batch]:
     """Batches without end, from step `start_step` on.
 
-    Every epoch has its own order and sees each example exactly once; a batch may straddle two epochs. Step n gives the same batch wherever
-    the iteration started, so resuming needs nothing but the step.
+    Every epoch has its own order and sees each example exactly once; a batch may straddle two
+    epochs. Step n gives the same batch wherever the iteration started, so resuming needs nothing
+    but the step.
     """
     if batch_size < 1 or start_step < 0:
         raise QloraError(f"need batch_size >= 1, start_step >= 0; got {batch_size}, {start_step}")
@@ -70,11 +71,10 @@ def evaluation_batches(
 ) -> Iterator[Batch]:
     """Each example once, in order, all batches of one shape.
 
-    The last batch is filled with rows that have no labels; their first position stays attended, so that no row of the attention is empty.
+    The last batch is filled with rows that have no labels; their first position stays attended, so
+    that no row of the attention is empty.
     """
-    filler = TokenizedExample(
-        np.full(1, dataset.pad_id, np.int32), np.full(1, IGNORE, np.int32)
-    )
+    filler = TokenizedExample(np.full(1, dataset.pad_id, np.int32), np.full(1, IGNORE, np.int32))
     for start in range(0, len(dataset), batch_size):
         chosen = list(dataset[start : start + batch_size])
         chosen += [filler] * (batch_size - len(chosen))

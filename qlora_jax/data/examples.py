@@ -71,7 +71,8 @@ def _parse_messages(value: object, where: str) -> tuple[Message, ...]:
 def parse_row(row: object, where: str) -> Example:
     """One row to one Example.
 
-    Raises QloraError, beginning with `where`, if the row has none of the accepted forms or an empty answer.
+    Raises QloraError, beginning with `where`, if the row has none of the accepted forms or an empty
+    answer.
     """
     if not isinstance(row, Mapping):
         raise _row_error(where, f"a row must be an object, not {type(row).__name__}")
@@ -144,8 +145,8 @@ def _load_dataset(name: str, split: str) -> list[Example]:
 def read_examples(source: str | Path, split: str = "train") -> list[Example]:
     """Reads a JSON lines file, or a dataset of the Hugging Face Hub ("owner/name[:config]").
 
-    Blank lines are skipped. Raises FileNotFoundError for a path that is not there, and QloraError with file and line number
-    for the first row that cannot be used.
+    Blank lines are skipped. Raises QloraError for a path that is not there, and, with file and line
+    number, for the first row that cannot be used.
     """
     path = Path(source)
     if path.is_file():
@@ -153,5 +154,5 @@ def read_examples(source: str | Path, split: str = "train") -> list[Example]:
     if path.is_dir():
         raise QloraError(f"{path}: a folder; expected a JSON lines file or a dataset's name")
     if path.suffix in {".jsonl", ".json"} or path.is_absolute() or str(source).count("/") > 1:
-        raise FileNotFoundError(f"{path}: no such file")
+        raise QloraError(f"{path}: no such file")
     return _load_dataset(str(source), split)

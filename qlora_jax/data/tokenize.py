@@ -1,7 +1,8 @@
 """Conversations to token ids, with labels on the assistant's answers only.
 
-The mask is found by tokenizing prefixes: the conversation up to an answer, with the template's generation prompt, must tokenize to a
-prefix of the whole conversation's ids. So the model is trained at exactly the place where generation starts, or there is an error.
+The mask is found by tokenizing prefixes: the conversation up to an answer, with the template's
+generation prompt, must tokenize to a prefix of the whole conversation's ids. So the model is
+trained at exactly the place where generation starts, or there is an error.
 """
 
 from __future__ import annotations
@@ -14,9 +15,7 @@ import numpy as np
 
 from qlora_jax.data.examples import Example, Message
 from qlora_jax.errors import QloraError
-
-# Positions with this label do not count in the loss (the value PyTorch's cross-entropy ignores).
-IGNORE = -100
+from qlora_jax.models.loss import IGNORE
 
 Template = Literal["auto", "chat", "plain"]
 
@@ -36,7 +35,8 @@ class TokenizedExample:
 class TokenizedDataset(Sequence[TokenizedExample]):
     """Tokenized examples, and what max_length did to them.
 
-    cut: examples shortened on the right. dropped: examples left out because nothing of the answer remained.
+    cut: examples shortened on the right. dropped: examples left out because nothing of the answer
+    remained.
     """
 
     examples: tuple[TokenizedExample, ...]
@@ -146,9 +146,10 @@ def tokenize(
 ) -> TokenizedDataset:
     """Tokenizes conversations; every assistant turn, up to and with its end token, is labelled.
 
-    tokenizer: a transformers fast tokenizer. max_length: longer examples are cut on the right, and dropped if no label remains.
-    template: "chat" applies the tokenizer's chat template, "plain" joins prompt and completion, "auto" is "chat" where there is a template.
-    Raises QloraError if the answers cannot be told apart, or if no example is left.
+    tokenizer: a transformers fast tokenizer. max_length: longer examples are cut on the right, and
+    dropped if no label remains. template: "chat" applies the tokenizer's chat template, "plain"
+    joins prompt and completion, "auto" is "chat" where there is a template. Raises QloraError if
+    the answers cannot be told apart, or if no example is left.
     """
     if max_length < 2:
         raise QloraError(f"max_length must be at least 2, not {max_length}")
@@ -170,7 +171,5 @@ def tokenize(
             f"none of {len(examples)} examples has a part of its answer within "
             f"max_length={max_length} tokens"
         )
-    pad_id = next(
-        (i for i in (tokenizer.pad_token_id, tokenizer.eos_token_id) if i is not None), 0
-    )
+    pad_id = next((i for i in (tokenizer.pad_token_id, tokenizer.eos_token_id) if i is not None), 0)
     return TokenizedDataset(tuple(kept), pad_id, cut, dropped)

@@ -89,7 +89,7 @@ _small_dot.defvjp(_small_dot_fwd, _small_dot_bwd)
 
 
 def _dot(x: jax.Array, w: jax.Array, out_dtype: Any, precision: Any) -> jax.Array:
-    # Not "fp32, then cast": the gradient of that multiplies fp32 by bf16, which no matrix unit does.
+    # Not "fp32, then cast": the gradient of that would multiply fp32 by bf16.
     return jnp.dot(x, w.astype(x.dtype), preferred_element_type=out_dtype, precision=precision)
 
 
@@ -130,9 +130,7 @@ def dot_general(eqn: JaxprEqn, lhs: Any, rhs: Any) -> jax.Array | None:
     labels: list[Any] = []
     shape: list[int] = []
     for i, size in enumerate(x.shape):
-        met = next(
-            (dims[j] for j, at in zip((*w_c, *w_b), (*x_c, *x_b), strict=True) if at == i), None
-        )
+        met = meeting.get(i)
         labels += [f"x{i}"] if met is None else met
         shape += [size] if met is None else sizes(met)
     x_free = [label for label in labels if isinstance(label, str)]
@@ -141,11 +139,11 @@ def dot_general(eqn: JaxprEqn, lhs: Any, rhs: Any) -> jax.Array | None:
     order = [labels.index(label) for label in (*lead, *x_free, *inner)]
     x = x.reshape(shape).transpose(order).reshape(*sizes(lead), *free_sizes, -1)
 
-    out_dtype = eqn.outvars[0].aval.dtype
+    result: Any = eqn.outvars[0].aval
     precision = eqn.params["precision"]
 
     def one(x: jax.Array, w: Any) -> jax.Array:
-        return product(x, w, out_dtype, precision)
+        return product(x, w, result.dtype, precision)
 
     for atom in reversed(batch):
         one = jax.vmap(one, in_axes=(0 if atom in shared else None, 0))
@@ -156,7 +154,7 @@ def dot_general(eqn: JaxprEqn, lhs: Any, rhs: Any) -> jax.Array | None:
     free = (*x_free, *w_free) if w_is_rhs else (*w_free, *x_free)
     out = out.reshape(*sizes(batch), *free_sizes, *sizes(outer))
     out = out.transpose([have.index(label) for label in (*shared, *free)])
-    return out.reshape(eqn.outvars[0].aval.shape)
+    return out.reshape(result.shape)
 
 
 def gather(eqn: JaxprEqn, w: Any, indices: Any) -> Any:
@@ -188,7 +186,8 @@ def gather(eqn: JaxprEqn, w: Any, indices: Any) -> Any:
         inside = ((ids >= 0) & (ids < count))[..., None]
         rows = jnp.where(inside, rows, jnp.asarray(fill, rows.dtype))
     # Rows are [*ids, N]; gather puts the slice's dimensions where offset_dims says.
-    shape = eqn.outvars[0].aval.shape
+    result: Any = eqn.outvars[0].aval
+    shape = result.shape
     places = numbers.offset_dims
     rows = rows.reshape(*ids.shape, *(shape[i] for i in places))
     return jnp.moveaxis(rows, range(ids.ndim, rows.ndim), places)

@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.core import Tracer
 from jax.typing import DTypeLike
 
 from qlora_jax.models.attention import Attention, causal_mask, within_window
@@ -196,7 +197,7 @@ def _layer_windows(config: LlamaConfig, slots: int) -> jax.Array | None:
 def _check_room(cache: Cache, batch: int, time: int) -> None:
     if cache.valid.shape[0] != batch:
         raise ValueError(f"the cache holds {cache.valid.shape[0]} sequences, got {batch}")
-    used = 0 if isinstance(cache.index, jax.core.Tracer) else int(cache.index)
+    used = 0 if isinstance(cache.index, Tracer) else int(cache.index)
     if used + time > cache.length:
         raise ValueError(
             f"the cache has {cache.length} slots, {used} in use: no room for {time} tokens more"

@@ -7,6 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 
 from pallas_kernels import reference
 from qlora_jax.errors import QloraError
@@ -119,7 +120,7 @@ def quantize(
         return jax.eval_shape(lambda: _quantize(jnp.zeros(x.shape, x.dtype), config, axes))
     x = jnp.asarray(x)
     _check(x, name, axes)
-    if not isinstance(x, jax.core.Tracer):
+    if not isinstance(x, Tracer):
         bad = int(_count_unusable(x))
         if bad:
             raise QloraError(

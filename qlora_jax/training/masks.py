@@ -24,7 +24,7 @@ from qlora_jax.quant import path_str
 def trainable_mask(tree: Any, also: Iterable[str] = ()) -> Any:
     """A tree of booleans: True on A and B of every LoraArray, and on parameters at paths `also`.
 
-    also: what is trained in full, e.g. "lm_head/kernel". Raises KeyError for a path that is missing.
+    also: what is trained in full, such as "lm_head/kernel". Raises KeyError for a missing path.
     """
     full = set(also)
 

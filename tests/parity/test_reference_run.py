@@ -1,7 +1,9 @@
 """Thirty steps of QLoRA beside PEFT's: same base, same adapter to start from, same batches.
 
-The base is quantized here by us and there by bitsandbytes, whose CPU build misses the nearest 8-bit
-code of a scale now and then; the bounds leave room for that and for little else.
+bitsandbytes' CPU build misses the nearest 8-bit code of about one scale in 500 (docs/numbers.md).
+That alone moves single logits of SmolLM2 by up to 0.3 before the first step. So the runs here start
+from the very scales that bitsandbytes wrote, taken over bit for bit, and must then agree closely;
+and once more from our own, nearest scales.
 """
 
 import dataclasses
@@ -10,6 +12,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
@@ -17,11 +20,34 @@ import pytest
 
 import qlora_jax as qj
 from benchmarks import smollm2
+from qlora_jax.lora.adapters import named_leaves
+from qlora_jax.quant import bnb, path_str
+from tests.parity import peer
 
 pytestmark = pytest.mark.standard_promotion
 
 LOSS, GRAD_NORM, LOGITS = 5e-4, 5e-3, 2e-2
-"""Relative for losses and norms, absolute for logits."""
+"""Relative for losses and norms, absolute for logits (which go up to 31 in SmolLM2)."""
+
+
+def with_scales_of_bitsandbytes(model: Any, dense: Any) -> Any:
+    """`model`, its 4-bit weights replaced by what bitsandbytes makes of the `dense` ones."""
+    flat, tree = jax.tree_util.tree_flatten_with_path(dense.params)
+    leaves = named_leaves(model.params)
+    changed = []
+    for path, leaf in flat:
+        w = leaves[path_str(path)]
+        if isinstance(w, qj.QuantizedArray):
+            weights = np.asarray(jnp.swapaxes(leaf, 1, 2))
+            stored = [peer.quantize(x, "nf4", 64, double_quant=True) for x in weights]
+            ours = [
+                bnb.from_bitsandbytes(t, x.shape, "nf4", 64, x.dtype)
+                for t, x in zip(stored, weights, strict=True)
+            ]
+            assert all((a.codes == b).all() for a, b in zip(ours, w.codes, strict=True))
+            w = jax.tree.map(lambda *layers: jnp.stack(layers), *ours)
+        changed.append(w)
+    return dataclasses.replace(model, params=jax.tree.unflatten(tree, changed))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -85,7 +111,7 @@ def deviations(run: Run, reference: Run) -> dict[str, float]:
     return found
 
 
-RATE, CLIP = 5e-3, 0.3
+RATE, CLIP = 2e-2, 0.3
 
 
 @pytest.fixture(scope="module")
@@ -133,7 +159,7 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
 
 def test_tiny_llama(tiny, tmp_path):
     folder, out = tiny
-    model = qj.load(folder, quantization=qj.NF4())
+    model = with_scales_of_bitsandbytes(qj.load(folder, quantization=qj.NF4()), qj.load(folder))
     run = ours(out, model, tmp_path, learning_rate=RATE, clip=CLIP)
     assert run.losses[-5:].mean() < run.losses[:5].mean(), "the run learns nothing"
     worst = deviations(run, stored(out))
@@ -145,6 +171,8 @@ def test_the_bounds_tell_right_from_nearly_right(fault, tiny, tmp_path):
     folder, out = tiny
     config = qj.NF4(double_quant=fault != "no double quantization")
     model = qj.load(folder, quantization=config)
+    if config.double_quant:
+        model = with_scales_of_bitsandbytes(model, qj.load(folder))
     if fault == "wrong scaling":
         changed = tmp_path / "changed"
         shutil.copytree(out, changed)
@@ -160,9 +188,20 @@ def test_the_bounds_tell_right_from_nearly_right(fault, tiny, tmp_path):
 
 
 @pytest.mark.slow
-def test_smollm2_on_gsm8k(shared_reference, tmp_path):
+@pytest.mark.parametrize("scales", ["of bitsandbytes", "our own"])
+def test_smollm2_on_gsm8k(scales, shared_reference, tmp_path):
     """SmolLM2-135M, r = 16, 4 x 256: about three seconds a step on two cores."""
     model = qj.load(smollm2.gguf(), quantization=qj.NF4())
+    if scales == "of bitsandbytes":
+        model = with_scales_of_bitsandbytes(model, qj.load(smollm2.gguf()))
     run = ours(shared_reference, model, tmp_path, learning_rate=2e-4, clip=0.3)
-    worst = deviations(run, stored(shared_reference))
+    reference = stored(shared_reference)
+    worst = deviations(run, reference)
+    if scales == "our own":
+        # Other scales are another model: its logits are compared on the whole, not one by one.
+        for key in ("before", "after"):
+            difference = getattr(run, key) - getattr(reference, key)
+            worst[key] = np.sqrt(np.mean(difference**2)) / LOGITS
+            print(key, "root mean square", worst[key] * LOGITS)
+        worst.pop("before")
     assert max(worst.values()) <= 1, worst

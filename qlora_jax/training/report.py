@@ -1,0 +1,116 @@
+"""What a run tells while it goes: lines in a file, and a bar on the terminal."""
+
+import json
+import sys
+import time
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import jax
+
+from qlora_jax.errors import missing
+
+
+class MetricsFile:
+    """JSON lines, each written out at once, so that a killed run keeps what it had."""
+
+    def __init__(self, path: Path) -> None:
+        self._file = path.open("w", encoding="utf-8")
+        self.history: list[dict[str, float]] = []
+
+    def add(self, **entry: float) -> None:
+        self.history.append(entry)
+        self._file.write(json.dumps(entry) + "\n")
+        self._file.flush()
+
+    def close(self) -> None:
+        self._file.close()
+
+
+class Progress:
+    """A bar with step, loss, tokens per second, memory and time left.
+
+    Where stdout is no terminal, a line at every tenth of the run instead.
+    """
+
+    def __init__(self, steps: int) -> None:
+        try:
+            from rich.console import Console
+            from rich.progress import BarColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+            from rich.progress import Progress as Bar
+        except ModuleNotFoundError as error:
+            raise missing("rich", "showing progress", "cli") from error
+        self._steps, self._loss = steps, float("nan")
+        self._console = Console()
+        self._bar = Bar(
+            TextColumn("step {task.completed:.0f}/{task.total:.0f}"),
+            BarColumn(bar_width=None),
+            TextColumn("{task.description}"),
+            TimeElapsedColumn(),
+            TextColumn("left"),
+            TimeRemainingColumn(),
+            console=self._console,
+            disable=not self._console.is_terminal,
+        )
+        self._task = self._bar.add_task("compiling", total=steps)
+        self._began = time.perf_counter()
+
+    def __enter__(self) -> "Progress":
+        self._bar.start()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._bar.stop()
+
+    def step(self, number: int, entry: dict[str, float]) -> None:
+        """After step `number`, counted from 1."""
+        # Smoothed, since the loss of a single batch says little.
+        loss = entry["loss"]
+        self._loss = loss if number == 1 else 0.9 * self._loss + 0.1 * loss
+        text = (
+            f"loss {self._loss:.3f}  {entry['tokens_per_second']:,.0f} tokens/s  "
+            f"{entry['memory_bytes'] / 1e9:.2f} GB"
+        )
+        self._bar.update(self._task, completed=number, description=text)
+        tenth = max(self._steps // 10, 1)
+        if not self._console.is_terminal and (number % tenth == 0 or number == self._steps):
+            passed = time.perf_counter() - self._began
+            left = passed / number * (self._steps - number)
+            self.say(f"step {number}/{self._steps}  {text}  {passed:.0f} s, {left:.0f} s left")
+
+    def say(self, text: str) -> None:
+        """A line of its own, above the bar."""
+        self._console.print(text, highlight=False, markup=False, soft_wrap=True)
+
+
+class Silence:
+    """The same, showing nothing."""
+
+    def __enter__(self) -> "Silence":
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        pass
+
+    def step(self, number: int, entry: dict[str, float]) -> None:
+        pass
+
+    def say(self, text: str) -> None:
+        pass
+
+
+def peak_memory() -> int:
+    """Bytes: of the accelerator if it says, else the peak of this process's resident set."""
+    stats = jax.local_devices()[0].memory_stats()
+    if stats and "peak_bytes_in_use" in stats:
+        return stats["peak_bytes_in_use"]
+    import resource
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024  # KiB on Linux
