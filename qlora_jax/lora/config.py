@@ -15,25 +15,26 @@ Value = TypeVar("Value", int, float)
 class LoraConfig:
     """Low-rank adapters (LoRA, arXiv:2106.09685): W x becomes W x + scaling * B A x.
 
-    rank            R, the inner size of every adapter
-    alpha           scaling = alpha / rank, or alpha / sqrt(rank) with `rslora` (arXiv:2312.03732)
-    dropout         probability of dropping each input of A while training
-    targets         which modules get an adapter: "all-linear" (every linear kernel but the output
-                    head), a tuple of names matched as suffixes ("q_proj"), or one regular
-                    expression for the whole name ("layers.self_attn.q_proj")
-    rank_pattern    name or regular expression -> rank, where it differs; first match counts
-    alpha_pattern   likewise for alpha
-    modules_to_save modules whose parameters are trained in full, by suffix of their names
+    Raises QloraError for a rank below 1 and a dropout outside [0, 1).
     """
 
     rank: int = 16
+    """R, the inner size of every adapter."""
     alpha: float = 32.0
+    """The adapter's product is multiplied by alpha / rank."""
     dropout: float = 0.0
+    """Probability of dropping each input of A while training."""
     rslora: bool = False
+    """Multiply by alpha / sqrt(rank) instead (arXiv:2312.03732)."""
     targets: str | tuple[str, ...] = "all-linear"
+    """What gets an adapter: all-linear (every linear kernel but the output head), names of modules
+    or ends of them (q_proj v_proj), or one regular expression for them."""
     rank_pattern: Mapping[str, int] = dataclasses.field(default_factory=dict)
+    """Name or regular expression -> rank, where it differs; the first that matches counts."""
     alpha_pattern: Mapping[str, float] = dataclasses.field(default_factory=dict)
+    """Likewise for alpha."""
     modules_to_save: tuple[str, ...] = ()
+    """Modules trained in full, by their names or ends of them."""
 
     def __post_init__(self) -> None:
         for where, rank in {"rank": self.rank, **self.rank_pattern}.items():

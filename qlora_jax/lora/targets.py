@@ -38,7 +38,8 @@ def select_targets(shapes: dict[str, tuple[int, ...]], config: LoraConfig) -> li
             raise _unmatched("all-linear", known)
         return chosen
     if isinstance(config.targets, str):
-        chosen = [p for p, name in candidates.items() if re.fullmatch(config.targets, name)]
+        pattern = re.compile(rf"(.*\.)?({config.targets})")
+        chosen = [p for p, name in candidates.items() if pattern.fullmatch(name)]
         if not chosen:
             raise _unmatched(config.targets, known)
         return chosen

@@ -1,0 +1,50 @@
+"""`qlora-jax chat`: a conversation in the terminal."""
+
+import dataclasses
+from pathlib import Path
+
+from qlora_jax.commands.options import ModelOptions, with_adapter
+from qlora_jax.data import Message
+from qlora_jax.data.tokenize import encode_prompt
+from qlora_jax.errors import QloraError
+from qlora_jax.generation import Sampling, stream
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Chat(ModelOptions):
+    """Talk to a model in the terminal. An empty line or Ctrl-D ends it; /new starts over."""
+
+    adapter: Path | None = None
+    """Folder of a PEFT adapter."""
+    system: str | None = None
+    """A first message that tells the model how to behave."""
+    sampling: Sampling = Sampling(temperature=0.7, top_p=0.9)
+    """How tokens are chosen."""
+
+    def run(self) -> None:
+        model = self.load()
+        if model.tokenizer is None:
+            raise QloraError(f"{self.model} has no tokenizer")
+        params = with_adapter(model, self.adapter)
+        opening = [] if self.system is None else [Message("system", self.system)]
+        messages = list(opening)
+        print(f"{model}\nAn empty line ends it, /new starts over.")
+        while True:
+            try:
+                text = input("\nyou> ").strip()
+            except EOFError:
+                print()
+                return
+            if not text:
+                return
+            if text == "/new":
+                messages = list(opening)
+                continue
+            messages.append(Message("user", text))
+            ids = encode_prompt(model.tokenizer, messages)
+            pieces = []
+            for piece in stream(model, ids, self.sampling, params=params):
+                pieces.append(piece)
+                print(piece, end="", flush=True)
+            print()
+            messages.append(Message("assistant", "".join(pieces)))

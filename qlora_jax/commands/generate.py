@@ -1,0 +1,69 @@
+"""`qlora-jax generate`: answers to prompts."""
+
+import dataclasses
+import json
+from pathlib import Path
+
+from qlora_jax.commands.options import ModelOptions, with_adapter
+from qlora_jax.data import Message
+from qlora_jax.data.tokenize import Template, encode_prompt
+from qlora_jax.errors import QloraError
+from qlora_jax.generation import Sampling, complete, stream
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Generate(ModelOptions):
+    """Print a model's answer to a prompt, or write its answers to a file of prompts."""
+
+    prompt: str | None = None
+    """The prompt; its answer is printed as it comes."""
+    prompts: Path | None = None
+    """Instead: a text file, a prompt to a line. Answers are JSON lines {"prompt", "answer"}."""
+    output: Path | None = None
+    """Write those answers here instead of printing them."""
+    adapter: Path | None = None
+    """Folder of a PEFT adapter."""
+    batch_size: int = 16
+    """Prompts of a file that are answered together."""
+    template: Template = "auto"
+    """chat: the tokenizer's chat template; plain: the bare prompt; auto: chat if there is one."""
+    sampling: Sampling = Sampling()
+    """How tokens are chosen."""
+
+    def run(self) -> None:
+        if (self.prompt is None) == (self.prompts is None):
+            raise QloraError("give one of --prompt and --prompts")
+        lines: list[str] = []
+        if self.prompts is not None:
+            if not self.prompts.is_file():
+                raise QloraError(f"{self.prompts}: no such file")
+            lines = [line for line in self.prompts.read_text("utf-8").splitlines() if line.strip()]
+            if not lines:
+                raise QloraError(f"{self.prompts}: no prompts")
+        model = self.load()
+        params = with_adapter(model, self.adapter)
+        if self.prompt is not None:
+            if model.tokenizer is None:
+                raise QloraError(f"{self.model} has no tokenizer")
+            ids = encode_prompt(model.tokenizer, [Message("user", self.prompt)], self.template)
+            for piece in stream(model, ids, self.sampling, params=params):
+                print(piece, end="", flush=True)
+            print()
+            return
+        answers = complete(
+            model,
+            [[Message("user", line)] for line in lines],
+            self.sampling,
+            params=params,
+            batch_size=self.batch_size,
+            template=self.template,
+        )
+        rows = [
+            json.dumps({"prompt": line, "answer": answer}, ensure_ascii=False)
+            for line, answer in zip(lines, answers, strict=True)
+        ]
+        if self.output is None:
+            print("\n".join(rows))
+        else:
+            self.output.write_text("\n".join(rows) + "\n", encoding="utf-8")
+            print(f"{len(rows)} answers in {self.output}")

@@ -1,0 +1,44 @@
+"""`qlora-jax merge`: an adapter and its base as one dense checkpoint."""
+
+import dataclasses
+import statistics
+from pathlib import Path
+from typing import Literal
+
+from qlora_jax import lora
+from qlora_jax.checkpoints import peft
+from qlora_jax.checkpoints.export import save_pretrained
+from qlora_jax.checkpoints.load import load
+from qlora_jax.commands.options import ModelOptions
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Merge(ModelOptions):
+    """Add an adapter into its base model and write a dense Hugging Face checkpoint."""
+
+    adapter: Path
+    """Folder of the PEFT adapter."""
+    output: Path
+    """Folder for the checkpoint; must not exist, or be empty."""
+    into: Literal["dequantized", "original"] = "dequantized"
+    """The base: the 4-bit weights that training saw, or the checkpoint's own, unquantized ones."""
+    save_dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"
+    """Type of the weights written."""
+
+    def run(self) -> None:
+        model = self.load()
+        adapters, _ = peft.load(self.adapter, model)
+        base, original = model, None
+        if self.into == "original":
+            base = load(self.model, dtype="float32")
+            original = base.params
+        errors = lora.merge_errors(model.params, adapters, self.save_dtype, original)
+        save_pretrained(
+            self.output, base, lora.attach(base.params, adapters), dtype=self.save_dtype
+        )
+        worst = max(errors, key=errors.__getitem__)
+        print(f"merged checkpoint in {self.output}")
+        print(
+            f"weights differ from what was trained by {statistics.median(errors.values()):.2e} "
+            f"(median, relative), at most {errors[worst]:.2e} ({worst})"
+        )

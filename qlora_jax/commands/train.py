@@ -1,0 +1,74 @@
+"""`qlora-jax train`: fine-tune a model on a data set."""
+
+import dataclasses
+from pathlib import Path
+
+from qlora_jax.checkpoints import peft
+from qlora_jax.commands.options import ModelOptions
+from qlora_jax.data import read_examples, tokenize
+from qlora_jax.data.tokenize import Template
+from qlora_jax.errors import QloraError
+from qlora_jax.lora import LoraConfig, count
+from qlora_jax.training.settings import TrainSettings
+from qlora_jax.training.trainer import fit
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Train(ModelOptions):
+    """Fine-tune a model on a data set: QLoRA, or LoRA with --quantization none."""
+
+    data: str
+    """A JSON lines file, or a data set's name on the Hugging Face hub ("owner/name[:config]"). Rows:
+    {"messages": [...]}, {"prompt", "completion"} or {"question", "answer"}."""
+    output: Path
+    """Folder for the adapter (PEFT's format), metrics.jsonl and loss.png."""
+    eval_data: str | None = None
+    """Held-out rows, of the same kinds."""
+    eval_count: int = 0
+    """Without --eval-data: hold out so many rows from the end of --data."""
+    max_length: int = 1024
+    """Tokens of an example; longer ones are cut on the right."""
+    template: Template = "auto"
+    """chat: the tokenizer's chat template; plain: prompt, then answer; auto: chat if there is one."""
+    adapter: Path | None = None
+    """Go on from this PEFT adapter instead of a new one (its settings replace --lora)."""
+    lora: LoraConfig = LoraConfig()
+    """The adapters."""
+    training: TrainSettings = TrainSettings()
+    """The run."""
+
+    def run(self) -> None:
+        if (self.output / peft.WEIGHTS).exists():  # said before the model is loaded, not after
+            raise QloraError(f"{self.output}: has an adapter already; choose another --output")
+        examples = read_examples(self.data)
+        held_out = read_examples(self.eval_data) if self.eval_data else []
+        if not held_out and self.eval_count:
+            if not 0 < self.eval_count < len(examples):
+                raise QloraError(
+                    f"--eval-count {self.eval_count} leaves nothing of {len(examples)} rows to train on"
+                )
+            examples, held_out = examples[: -self.eval_count], examples[-self.eval_count :]
+        model = self.load()
+        print(model)
+        if model.tokenizer is None:
+            raise QloraError(f"{self.model} has no tokenizer, so text cannot be trained on")
+        train = tokenize(examples, model.tokenizer, self.max_length, self.template)
+        print(f"training: {train}")
+        evaluation = None
+        if held_out:
+            evaluation = tokenize(held_out, model.tokenizer, self.max_length, self.template)
+            print(f"held out: {evaluation}")
+        config, adapters = self.lora, None
+        if self.adapter is not None:
+            adapters, config = peft.load(self.adapter, model)
+        result = fit(
+            model,
+            config,
+            train,
+            self.training,
+            self.output,
+            evaluation=evaluation,
+            adapters=adapters,
+        )
+        print(f"{count(result.adapters):,} parameters trained; adapter in {self.output}")
+        print(f"try it: qlora-jax chat --model {self.model} --adapter {self.output}")
