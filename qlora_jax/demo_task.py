@@ -1,12 +1,11 @@
 """The demo's task, made by a seeded generator: order notes in plain English to strict records.
 
-A record is one line of JSON in a compact house schema that cannot be guessed from the sentence:
+A record is one line of JSON with keys of its own, which cannot be guessed from the sentence:
 
     Record: On 14 March Maria Lopez bought three lamps in Lisbon for 42.50 euros.
-    {"t":"B","p":"Lopez/Maria","q":"3*lamps","l":"Lisbon","d":"0314","v":4250}
+    {"type":"sale","customer":"Maria Lopez","item":"lamps","count":3,"city":"Lisbon",
+     "date":"14/3","cents":4250}
 
-t: B bought, R returned. p: family name first. q: count*item. l: the city. d: month and day.
-v: cents.
 The test split has its own sentence templates and its own names, items and cities: none of them
 occurs in training.
 """
@@ -76,24 +75,46 @@ TRAIN = Words(
     ),
     first_names=(
         "Maria", "James", "Anna", "Peter", "Laura", "David", "Sofia", "Thomas", "Emma", "Daniel",
-        "Julia", "Robert", "Clara", "Simon", "Nina", "Victor", "Alice", "Oscar", "Helen", "Martin",
-        "Ines", "Felix", "Diana", "Hugo", "Rosa", "Liam", "Teresa", "Adam", "Ruth", "Paul",
+        "Julia", "Robert", "Clara", "Simon", "Nina", "Victor", "Alice", "Oscar", "Helen",
+        "Martin", "Ines", "Felix", "Diana", "Hugo", "Rosa", "Liam", "Teresa", "Adam", "Ruth",
+        "Paul", "Agnes", "Bruno", "Carmen", "Dmitri", "Edith", "Fabian", "Gloria", "Harold",
+        "Irene", "Jakob", "Karin", "Leo", "Mona", "Nathan", "Olga", "Pablo", "Quentin", "Rebecca",
+        "Stefan", "Tina", "Ursula", "Vincent", "Wendy", "Xavier", "Yvonne", "Zoe", "Albert",
+        "Beatrice", "Cedric", "Doris", "Erik", "Fiona", "Gustav", "Hannah", "Ivan", "Judith",
+        "Klaus", "Linda", "Miguel", "Norah",
     ),
     family_names=(
-        "Lopez", "Smith", "Novak", "Jansen", "Rossi", "Weber", "Silva", "Brown", "Keller", "Moreau",
-        "Larsen", "Garcia", "Kowalski", "Murphy", "Costa", "Fischer", "Green", "Dubois", "Ivanov",
-        "Hill", "Santos", "Baker", "Lind", "Romano", "Cooper", "Vega", "Bauer", "Petit", "Okafor",
-        "Tanaka",
+        "Lopez", "Smith", "Novak", "Jansen", "Rossi", "Weber", "Silva", "Brown", "Keller",
+        "Moreau", "Larsen", "Garcia", "Kowalski", "Murphy", "Costa", "Fischer", "Green", "Dubois",
+        "Ivanov", "Hill", "Santos", "Baker", "Lind", "Romano", "Cooper", "Vega", "Bauer", "Petit",
+        "Okafor", "Tanaka", "Anderson", "Bianchi", "Campbell", "Delgado", "Eriksson", "Fontaine",
+        "Gomez", "Hoffmann", "Iversen", "Johnson", "Kaplan", "Laurent", "Mendoza", "Nielsen",
+        "Olsen", "Parker", "Quinn", "Ramirez", "Schneider", "Thompson", "Ullmann", "Vargas",
+        "Wagner", "Young", "Zimmer", "Abbott", "Becker", "Castro", "Dawson", "Evans", "Fernandez",
+        "Gibson", "Huber", "Jensen", "Kim", "Lefebvre", "Meyer", "Nakamura", "Ortiz", "Popov",
+        "Richter", "Sanchez", "Turner", "Vogel", "Watson", "Zeller", "Berger", "Duval", "Harris",
+        "Moretti",
     ),
     items=(
         "lamps", "chairs", "books", "candles", "mugs", "carpets", "clocks", "bottles", "pillows",
         "tables", "plates", "mirrors", "baskets", "towels", "knives", "radios", "jackets", "pens",
         "blankets", "bicycles", "notebooks", "umbrellas", "spoons", "ladders", "hammers", "tents",
+        "buckets", "scarves", "speakers", "drills", "kettles", "sofas", "rings", "watches",
+        "tickets", "cakes", "brushes", "guitars", "helmets", "printers", "shoes", "coats",
+        "magnets", "trays", "flags", "puzzles", "ropes", "vases", "wallets", "keyboards", "pots",
+        "curtains", "rackets", "stamps", "toasters", "maps", "screws", "pumps", "belts", "frames",
     ),
     cities=(
         "Lisbon", "Madrid", "Paris", "Vienna", "Oslo", "Berlin", "Rome", "Dublin", "Prague",
         "Athens", "Warsaw", "Boston", "Toronto", "Geneva", "Milan", "Helsinki", "Chicago", "Lyon",
         "Porto", "Seville", "Hamburg", "Denver", "Glasgow", "Turin", "Bergen", "Krakow",
+        "Antwerp", "Barcelona", "Cologne", "Dresden", "Edinburgh", "Florence", "Ghent", "Houston",
+        "Istanbul", "Jakarta", "Kyoto", "Liverpool", "Malaga", "Nairobi", "Ottawa", "Palermo",
+        "Quito", "Rotterdam", "Salzburg", "Tokyo", "Utrecht", "Valencia", "Winnipeg", "York",
+        "Zagreb", "Auckland", "Basel", "Cardiff", "Dallas", "Essen", "Frankfurt", "Granada",
+        "Havana", "Innsbruck", "Leipzig", "Manchester", "Nantes", "Orlando", "Phoenix", "Riga",
+        "Santiago", "Tallinn", "Venice", "Wellington", "Bologna", "Calgary", "Detroit", "Graz",
+        "Lima", "Marseille", "Nice", "Oxford", "Sofia", "Tampa",
     ),
 )  # fmt: skip
 
@@ -116,12 +137,12 @@ TEST = Words(
         "Perez",
     ),
     items=(
-        "shirts", "cameras", "boxes", "desks", "gloves", "glasses", "phones", "hats", "balls",
+        "shirts", "cameras", "boxes", "desks", "gloves", "coins", "phones", "cards", "balls",
         "bags",
     ),
     cities=(
-        "London", "Amsterdam", "Munich", "Brussels", "Zurich", "Stockholm", "Seattle", "Naples",
-        "Budapest", "Montreal",
+        "London", "Amsterdam", "Memphis", "Melbourne", "Miami", "Singapore", "Seattle",
+        "Austin", "Cambridge", "Montreal",
     ),
 )  # fmt: skip
 
@@ -144,12 +165,13 @@ def _make_example(words: Words, random: Random) -> dict[str, str]:
         v=f"{cents // 100}.{cents % 100:02d}",
     )
     record = {
-        "t": kind,
-        "p": f"{family}/{first}",
-        "q": f"{count}*{item}",
-        "l": city,
-        "d": f"{month:02d}{day:02d}",
-        "v": cents,
+        "type": {"B": "sale", "R": "return"}[kind],
+        "customer": f"{first} {family}",
+        "item": item,
+        "count": count,
+        "city": city,
+        "date": f"{day}/{month}",
+        "cents": cents,
     }
     prompt = f"Record: {sentence[0].upper()}{sentence[1:]}"
     return {"prompt": prompt, "completion": json.dumps(record, separators=(",", ":"))}

@@ -6,7 +6,8 @@ go into buffers of fixed size. Letters: B batch, T time, V vocabulary.
 
 import dataclasses
 import functools
-from collections.abc import Iterator, Sequence
+import math
+from collections.abc import Callable, Collection, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -25,7 +26,7 @@ STREAM = 4
 
 @dataclasses.dataclass(frozen=True)
 class Sampling:
-    """How the next token is chosen, and how many."""
+    """How the next token is chosen, and how many. Raises QloraError for values out of range."""
 
     max_new_tokens: int = 256
     """Tokens generated at most, the end token included."""
@@ -41,8 +42,8 @@ class Sampling:
     def __post_init__(self) -> None:
         if self.max_new_tokens < 1:
             raise QloraError(f"max_new_tokens must be at least 1, got {self.max_new_tokens}")
-        if self.temperature < 0:
-            raise QloraError(f"temperature must not be negative, got {self.temperature}")
+        if not 0 <= self.temperature < math.inf:
+            raise QloraError(f"temperature must be finite and at least 0, got {self.temperature}")
         if self.top_k is not None and self.top_k < 1:
             raise QloraError(f"top_k must be at least 1, got {self.top_k}")
         if not 0 < self.top_p <= 1:
@@ -55,63 +56,55 @@ def generate(
     sampling: Sampling | None = None,
     *,
     params: Any = None,
+    stop: Collection[int] | None = None,
+    on_tokens: Callable[[np.ndarray], None] | None = None,
+    rows: Sequence[int] | None = None,
 ) -> list[list[int]]:
-    """Continues every prompt until an end token or `sampling.max_new_tokens`.
+    """Continues every prompt until a stop token or `sampling.max_new_tokens`.
 
-    prompts: token ids. params: `model.params` by default, or those with adapters attached.
-    Returns the new ids of each prompt, without the end token. A row's tokens do not depend on the
-    other rows. Raises QloraError for an empty prompt, and for more tokens than the model's context.
+    prompts    B sequences of token ids
+    params     `model.params` by default, or those with adapters attached
+    stop       tokens that end a row; by default the end tokens of the configuration and tokenizer
+    on_tokens  called with the new ids, int32 [B, n], as they come; rows that have ended are filled
+               up with a stop token
+    rows       B numbers that the rows' random draws go by, 0 to B - 1 by default: a row's tokens
+               depend on its prompt, its number and the seed, and not on the other rows
+
+    Returns the new ids of each prompt, without the stop token. Raises QloraError for an empty
+    prompt, for ids outside the vocabulary, and for more tokens than the model's context.
     """
-    sampling = sampling or Sampling()
-    pieces = list(_pieces(model, prompts, sampling, params, _bucket(sampling.max_new_tokens)))
-    ends = _end_tokens(model)
+    if not prompts:
+        return []
+    sampling, ends = sampling or Sampling(), _end_tokens(model, stop)
+    room = _bucket(sampling.max_new_tokens) if on_tokens is None else STREAM
+    pieces = []
+    for piece in _pieces(model, prompts, sampling, params, ends, room, rows):
+        pieces.append(piece)
+        if on_tokens is not None:
+            on_tokens(piece)
     return [_until_end(row, ends) for row in np.concatenate(pieces, axis=1)]
 
 
 def stream(
-    model: Model,
-    prompt: Sequence[int],
-    sampling: Sampling | None = None,
-    *,
-    params: Any = None,
+    model: Model, prompt: Sequence[int], sampling: Sampling | None = None, *, params: Any = None
 ) -> Iterator[str]:
-    """The continuation of one prompt as text, piece by piece, never half a character."""
+    """The continuation of one prompt as text, piece by piece, never half a character.
+
+    Arguments and errors as for `generate`; QloraError also if the model has no tokenizer.
+    """
     tokenizer, ends = _tokenizer_of(model), _end_tokens(model)
     ids: list[int] = []
-    text = shown = ""
-    for (row,) in _pieces(model, [prompt], sampling or Sampling(), params, STREAM):
+    text, shown = "", 0
+    for (row,) in _pieces(model, [prompt], sampling or Sampling(), params, ends, STREAM):
         ids += _until_end(row, ends)
-        text = tokenizer.decode(ids, skip_special_tokens=True)
+        text = _decode(tokenizer, ids)
         # A character that is not complete yet decodes to the replacement character.
-        whole = text.rstrip("\ufffd")
-        if len(whole) > len(shown):
-            yield whole[len(shown) :]
+        whole = len(text.rstrip("\ufffd"))
+        if whole > shown:
+            yield text[shown:whole]
             shown = whole
-    if len(text) > len(shown):
-        yield text[len(shown) :]
-
-
-def _pieces(
-    model: Model, prompts: Sequence[Sequence[int]], sampling: Sampling, params: Any, size: int
-) -> Iterator[np.ndarray]:
-    """New ids of all prompts, [B, n] with n at most `size`; rows that have ended are filled up."""
-    params = model.params if params is None else params
-    ids, mask = _pad_left(prompts, model)
-    longest, left = max(map(len, prompts)), sampling.max_new_tokens
-    context = model.config.max_position_embeddings
-    if longest + left > context:
-        raise QloraError(
-            f"{longest} tokens of prompt and {left} new ones are more than the model's context of "
-            f"{context}; shorten the prompt or lower max_new_tokens"
-        )
-    start, decode = _programs(_without_params(model), _without_length(sampling), _end_tokens(model))
-    cache = model.new_cache(len(prompts), ids.shape[1] + _bucket(left))
-    state, finished = start(params, ids, mask, cache), False
-    while left and not finished:
-        count = min(left, size)
-        state, new, finished = decode(params, state, count, size)
-        left -= count
-        yield np.asarray(new)[:, :count]
+    if len(text) > shown:
+        yield text[shown:]
 
 
 def complete(
@@ -123,49 +116,95 @@ def complete(
     batch_size: int = 16,
     template: Template = "auto",
 ) -> list[str]:
-    """The model's answer to each conversation, in order, `batch_size` at a time."""
-    tokenizer = _tokenizer_of(model)
+    """The model's answer to each conversation, in order, computed `batch_size` at a time.
+
+    An answer depends on its conversation, the place of that in the list and the seed. template: as
+    for `data.tokenize`. Errors as for `stream`, before anything is generated.
+    """
+    if batch_size < 1:
+        raise QloraError(f"batch_size must be at least 1, got {batch_size}")
+    tokenizer, sampling = _tokenizer_of(model), sampling or Sampling()
     prompts = [encode_prompt(tokenizer, messages, template) for messages in conversations]
-    # Prompts of like length together: less padding.
-    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
+    _check(model, prompts, sampling)
+    # Prompts of like length together save padding; with the longest first, memory that does not
+    # suffice shows at once.
+    order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
     answers = [""] * len(prompts)
     for at in range(0, len(order), batch_size):
         chosen = order[at : at + batch_size]
         # The last batch is filled up, so that it needs no program of its own.
         filled = chosen + chosen[-1:] * (min(batch_size, len(order)) - len(chosen))
-        new = generate(model, [prompts[i] for i in filled], sampling, params=params)
+        new = generate(model, [prompts[i] for i in filled], sampling, params=params, rows=filled)
         for i, ids in zip(chosen, new, strict=False):
-            answers[i] = tokenizer.decode(ids, skip_special_tokens=True)
+            answers[i] = _decode(tokenizer, ids)
     return answers
+
+
+def choose(logits: jax.Array, sampling: Sampling, keys: jax.Array) -> jax.Array:
+    """The next token of every row, int32 [B], from logits fp32 [B, V] and a random key a row."""
+    if sampling.temperature == 0:
+        return jnp.argmax(logits, axis=-1).astype(jnp.int32)
+    ranked, ids = rank(logits / sampling.temperature, sampling.top_k, sampling.top_p)
+    place = jax.vmap(jax.random.categorical)(keys, ranked)
+    return jnp.take_along_axis(ids, place[:, None], axis=1)[:, 0]
+
+
+def rank(logits: jax.Array, top_k: int | None, top_p: float) -> tuple[jax.Array, jax.Array]:
+    """The `top_k` best logits of every row, best first, and their tokens: [B, k] each.
+
+    Those outside the nucleus (arXiv:1904.09751), the fewest best tokens whose probabilities (among
+    these k) sum to `top_p`, are -inf; the best token is always inside. Equal logits rank by token.
+    """
+    size = logits.shape[-1]
+    if top_k is None and top_p == 1:
+        return logits, jnp.broadcast_to(jnp.arange(size, dtype=jnp.int32), logits.shape)
+    ranked, ids = jax.lax.top_k(logits, size if top_k is None else min(top_k, size))
+    if top_p < 1:
+        probabilities = jax.nn.softmax(ranked, axis=-1)
+        before = jnp.cumsum(probabilities, axis=-1) - probabilities
+        ranked = jnp.where(before < top_p, ranked, -jnp.inf)
+    return ranked, ids
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class _State:
-    """Between two tokens: logits fp32 [B, V] of the next, which rows are done [B], the count []."""
+    """Between two steps: the last token of each row, which the cache lacks yet, int32 [B]; whether
+    the row has ended, bool [B]; the number of steps made, int32 []; the row's random key [B].
+    """
 
     cache: Cache
-    logits: jax.Array
+    token: jax.Array
     done: jax.Array
     count: jax.Array
+    keys: jax.Array
 
 
 @functools.lru_cache(maxsize=16)
 def _programs(model: Model, sampling: Sampling, ends: tuple[int, ...]) -> tuple[Any, Any]:
     """(start, decode), compiled once for a model without its parameters."""
+    fill = ends[0] if ends else 0
 
-    @functools.partial(jax.jit, donate_argnums=3)
-    def start(params: Any, ids: jax.Array, mask: jax.Array, cache: Cache) -> _State:
-        hidden, cache = model.hidden(params, ids, attention_mask=mask, cache=cache)  # type: ignore[assignment]
-        logits = model.head(params, hidden[:, -1])
-        done = jnp.zeros(ids.shape[0], bool)
-        return _State(cache, logits, done, jnp.zeros((), jnp.int32))
+    def step(params: Any, state: _State, ids: jax.Array, mask: jax.Array | None = None) -> _State:
+        hidden, cache = model.hidden(params, ids, attention_mask=mask, cache=state.cache)
+        assert cache is not None
+        keys = jax.vmap(jax.random.fold_in, (0, None))(state.keys, state.count)
+        token = choose(model.head(params, hidden[:, -1]), sampling, keys)
+        token = jnp.where(state.done, fill, token)
+        done = state.done | jnp.isin(token, jnp.asarray(ends, jnp.int32))
+        return _State(cache, token, done, state.count + 1, state.keys)
+
+    @functools.partial(jax.jit, static_argnums=4)
+    def start(params: Any, ids: jax.Array, mask: jax.Array, keys: jax.Array, slots: int) -> _State:
+        """Reads the prompts [B, T] and chooses the first token."""
+        token = jnp.zeros(ids.shape[0], jnp.int32)
+        cache = model.new_cache(ids.shape[0], slots)
+        empty = _State(cache, token, token.astype(bool), jnp.zeros((), jnp.int32), keys)
+        return step(params, empty, ids, mask)
 
     @functools.partial(jax.jit, static_argnums=3, donate_argnums=1)
-    def decode(params: Any, state: _State, count: jax.Array, room: int) -> Any:
-        """Up to `count` tokens more -> (state, ids [B, room], whether all rows have ended)."""
-        fill = ends[0] if ends else 0
-        out = jnp.full((state.done.shape[0], room), fill, jnp.int32)
+    def decode(params: Any, state: _State, count: int, room: int) -> tuple[_State, jax.Array]:
+        """Up to `count` tokens more, ids [B, room]; fewer if all rows end before."""
 
         def go_on(carry: Any) -> jax.Array:
             i, state, _ = carry
@@ -173,73 +212,83 @@ def _programs(model: Model, sampling: Sampling, ends: tuple[int, ...]) -> tuple[
 
         def body(carry: Any) -> Any:
             i, state, out = carry
-            token = jnp.where(state.done, fill, choose(state.logits, sampling, state.count))
-            ended = jnp.isin(token, jnp.asarray(ends, jnp.int32)) if ends else False
-            hidden, cache = model.hidden(params, token[:, None], cache=state.cache)
-            new = _State(
-                cache,  # type: ignore[arg-type]
-                model.head(params, hidden[:, 0]),
-                state.done | ended,
-                state.count + 1,
-            )
-            return i + 1, new, jax.lax.dynamic_update_slice(out, token[:, None], (0, i))
+            state = step(params, state, state.token[:, None])
+            return i + 1, state, out.at[:, i].set(state.token)
 
+        out = jnp.full((state.token.shape[0], room), fill, jnp.int32)
         _, state, out = jax.lax.while_loop(go_on, body, (jnp.zeros((), jnp.int32), state, out))
-        return state, out, jnp.all(state.done)
+        return state, out
 
     return start, decode
 
 
-def choose(logits: jax.Array, sampling: Sampling, step: jax.Array | int) -> jax.Array:
-    """The next token of every row, int32 [B], from logits [B, V]; `step` makes it a new draw."""
-    if sampling.temperature == 0:
-        return jnp.argmax(logits, axis=-1).astype(jnp.int32)
-    logits = keep_likely(logits / sampling.temperature, sampling.top_k, sampling.top_p)
-    key = jax.random.fold_in(jax.random.key(sampling.seed), step)
-    keys = jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(logits.shape[0]))
-    return jax.vmap(jax.random.categorical)(keys, logits).astype(jnp.int32)
+def _pieces(
+    model: Model,
+    prompts: Sequence[Sequence[int]],
+    sampling: Sampling,
+    params: Any,
+    ends: tuple[int, ...],
+    room: int,
+    rows: Sequence[int] | None = None,
+) -> Iterator[np.ndarray]:
+    """New ids of all prompts, [B, n]: the first one, then up to `room` at a time."""
+    _check(model, prompts, sampling)
+    params = model.params if params is None else params
+    # Only what the programs depend on, so that they are shared wherever they can be.
+    dtype = jnp.dtype(model.dtype)
+    bare = dataclasses.replace(model, params=None, tokenizer=None, source="", dtype=dtype)
+    how = dataclasses.replace(sampling, max_new_tokens=1, seed=0)
+    start, decode = _programs(bare, how, ends)
+    left = sampling.max_new_tokens - 1
+    ids, mask = _pad_left(prompts)
+    numbers = np.asarray(range(len(prompts)) if rows is None else rows, np.uint32)
+    keys = jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(sampling.seed), numbers)
+    state = start(params, ids, mask, keys, ids.shape[1] + _bucket(left))
+    yield np.asarray(state.token)[:, None]
+    while left and not np.all(state.done):
+        count = min(left, room)
+        state, new = decode(params, state, count, room)
+        left -= count
+        yield np.asarray(new)[:, :count]
 
 
-def keep_likely(logits: jax.Array, top_k: int | None, top_p: float) -> jax.Array:
-    """logits [B, V] with -inf on all but the `top_k` best, and of those the nucleus of `top_p`.
+def _check(model: Model, prompts: Sequence[Sequence[int]], sampling: Sampling) -> None:
+    config, new = model.config, sampling.max_new_tokens
+    context, vocabulary = config.max_position_embeddings, config.vocab_size
+    for number, prompt in enumerate(prompts):
+        if not len(prompt):
+            raise QloraError(f"prompt {number} is empty; generation starts from at least one token")
+        if min(prompt) < 0 or max(prompt) >= vocabulary:
+            raise QloraError(
+                f"prompt {number} has ids from {min(prompt)} to {max(prompt)}, the model's "
+                f"vocabulary is 0 to {vocabulary - 1}; encode it with the model's own tokenizer"
+            )
+        if len(prompt) + new > context:
+            raise QloraError(
+                f"the {len(prompt)} tokens of prompt {number} and {new} new ones are more than the "
+                f"model's context of {context}; shorten the prompt or lower max_new_tokens"
+            )
 
-    The nucleus (arXiv:1904.09751): the fewest best tokens whose probabilities sum to `top_p`.
-    """
-    if top_k is not None and top_k < logits.shape[-1]:
-        least = jax.lax.top_k(logits, top_k)[0][:, -1:]
-        logits = jnp.where(logits < least, -jnp.inf, logits)
-    if top_p < 1.0:
-        ranked = jnp.sort(logits, axis=-1, descending=True)
-        probabilities = jax.nn.softmax(ranked, axis=-1)
-        before = jnp.cumsum(probabilities, axis=-1) - probabilities
-        # The best token has nothing before it, so it always stays.
-        least = jnp.min(jnp.where(before < top_p, ranked, jnp.inf), axis=-1, keepdims=True)
-        logits = jnp.where(logits < least, -jnp.inf, logits)
-    return logits
 
-
-def _pad_left(prompts: Sequence[Sequence[int]], model: Model) -> tuple[np.ndarray, np.ndarray]:
+def _pad_left(prompts: Sequence[Sequence[int]]) -> tuple[np.ndarray, np.ndarray]:
     """ids and mask, int32 [B, T], T rounded up."""
-    if not prompts or any(not len(prompt) for prompt in prompts):
-        raise QloraError("a prompt is empty: generation needs at least one token to start from")
-    length = _bucket(max(map(len, prompts)))
-    ids = np.full((len(prompts), length), model.config.pad_token_id or 0, np.int32)
-    mask = np.zeros(ids.shape, np.int32)
+    ids = np.zeros((len(prompts), _bucket(max(map(len, prompts)))), np.int32)
+    mask = np.zeros_like(ids)
     for row, prompt in enumerate(prompts):
-        ids[row, length - len(prompt) :] = prompt
-        mask[row, length - len(prompt) :] = 1
+        ids[row, -len(prompt) :] = prompt
+        mask[row, -len(prompt) :] = 1
     return ids, mask
 
 
 def _bucket(n: int) -> int:
-    """n rounded up to a multiple of 32, beyond 256 to one of 128."""
-    unit = 32 if n <= 256 else 128
+    """n rounded up to a multiple of 64, beyond 512 to an eighth of the next power of two."""
+    unit = max(64, (1 << (n - 1).bit_length()) // 8)
     return -(-n // unit) * unit
 
 
-def _end_tokens(model: Model) -> tuple[int, ...]:
-    ends = set(model.config.eos_token_id)
-    if model.tokenizer is not None and model.tokenizer.eos_token_id is not None:
+def _end_tokens(model: Model, stop: Collection[int] | None = None) -> tuple[int, ...]:
+    ends = set(model.config.eos_token_id if stop is None else stop)
+    if stop is None and model.tokenizer is not None and model.tokenizer.eos_token_id is not None:
         ends.add(model.tokenizer.eos_token_id)
     return tuple(sorted(ends))
 
@@ -255,12 +304,6 @@ def _tokenizer_of(model: Model) -> Any:
     return model.tokenizer
 
 
-def _without_params(model: Model) -> Model:
-    """What the programs depend on; equal for equal models, so that they are shared."""
-    return dataclasses.replace(
-        model, params=None, tokenizer=None, source="", dtype=np.dtype(model.dtype)
-    )
-
-
-def _without_length(sampling: Sampling) -> Sampling:
-    return dataclasses.replace(sampling, max_new_tokens=1)
+def _decode(tokenizer: Any, ids: list[int]) -> str:
+    # Cleaning up spaces would change text that a stream has given out.
+    return tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)

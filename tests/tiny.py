@@ -1,4 +1,4 @@
-"""A tiny random Llama checkpoint as Hugging Face writes it, with tokenizer; no torch, no download."""
+"""A tiny random Llama checkpoint and tokenizer as Hugging Face writes them; no torch needed."""
 
 import json
 from pathlib import Path

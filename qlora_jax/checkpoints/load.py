@@ -43,16 +43,18 @@ def load(
     default = jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16
     dtype = jnp.dtype(default if dtype is None else dtype)
     if path.suffix == ".gguf":
-        file = GGUFFile(path)
-        config, tokens, tensors = file.config, tokenizer.from_gguf(file), file
+        tensors: Tensors = (file := GGUFFile(path))
+        config = file.config
+        read_tokenizer = functools.partial(tokenizer.from_gguf, file)
     else:
         config = _read_config(path)
-        tokens = tokenizer.from_folder(path)
+        read_tokenizer = functools.partial(tokenizer.from_folder, path)
         if quantized.is_quantized_folder(path):
             params = quantized.load_params(path, config, quantization, dtype)
-            return Model(config, params, tokens, str(source), dtype)
+            return Model(config, params, read_tokenizer(), str(source), dtype)
         tensors = SafetensorsFolder(path)
     _check(config, tensors)
+    tokens = read_tokenizer()
     choose = policy or Policy()
     params: dict[str, Any] = {}
     for parameter in parameters(config):

@@ -58,6 +58,8 @@ def save(
     if strangers:
         raise QloraError(f"the model has no parameters {strangers}")
     tensors = {_PREFIX + name: x for name, x in _tensors(adapters, table, model)}
+    if model.config.tie_word_embeddings:
+        tensors |= _tied_head(tensors)
     description = _describe(adapters, table, model, config or LoraConfig())
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
@@ -87,6 +89,23 @@ def _tensors(
             module = parameter.hf_module.format(layer)
             yield f"{module}.{names[0]}", _contiguous(adapter.a[at].T)
             yield f"{module}.{names[1]}", _contiguous(adapter.b[at].T)
+
+
+_TABLE, _HEAD = f"{_PREFIX}model.embed_tokens.", f"{_PREFIX}lm_head."
+# What PEFT stores of a tied head, and of which tensor of the embedding it is the transpose.
+_TIED = {"lora_A.weight": "lora_embedding_B", "lora_B.weight": "lora_embedding_A"}
+
+
+def _tied_head(tensors: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """The head's tensors, which under ensure_weight_tying repeat those of the embedding."""
+    head = {
+        _HEAD + ours: np.ascontiguousarray(tensors[_TABLE + theirs].T)
+        for ours, theirs in _TIED.items()
+        if _TABLE + theirs in tensors
+    }
+    if f"{_TABLE}weight" in tensors:
+        head[f"{_HEAD}weight"] = tensors[f"{_TABLE}weight"].copy()
+    return head
 
 
 def _is_full(adapter: Any) -> bool:
@@ -170,10 +189,14 @@ def load(folder: str | Path, model: Model) -> tuple[Adapters, LoraConfig]:
         hint = "; adapter_model.bin is a pickle, which is not read" if pickled else ""
         raise QloraError(f"{folder / WEIGHTS} is not there{hint}")
     with open_safetensors(folder / WEIGHTS) as file:
-        tensors = {name.removeprefix(_PREFIX): file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    if model.config.tie_word_embeddings and about.get("ensure_weight_tying"):
+        for name, x in _tied_head(tensors).items():
+            if name in tensors and np.array_equal(tensors[name], x):
+                del tensors[name]
     reading = _Reading(about, model)
     for name, x in sorted(tensors.items()):
-        reading.take(name, x)
+        reading.take(name.removeprefix(_PREFIX), x)
     reading.finish(folder)
     return reading.adapters, reading.config()
 

@@ -65,7 +65,7 @@ def _byte_level(file: GGUFFile) -> Any:
     """Byte-level BPE, as GPT-2 introduced it."""
     from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 
-    merges = [tuple(m.split(" ")) for m in file.field("tokenizer.ggml.merges")]
+    merges = [tuple(m.split(" ")) for m in file.field("tokenizer.ggml.merges", [])]
     tokenizer = Tokenizer(models.BPE(_vocabulary(file), merges, ignore_merges=_whole_words(file)))
     bytes_of = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     words_of = pre_tokenizers.ByteLevel(add_prefix_space=False)

@@ -18,8 +18,8 @@ class Train(ModelOptions):
     """Fine-tune a model on a data set: QLoRA, or LoRA with --quantization none."""
 
     data: str
-    """A JSON lines file, or a data set's name on the Hugging Face hub ("owner/name[:config]"). Rows:
-    {"messages": [...]}, {"prompt", "completion"} or {"question", "answer"}."""
+    """A JSON lines file, or a data set's name on the Hugging Face hub ("owner/name[:config]").
+    Rows are {"messages": [...]}, {"prompt", "completion"} or {"question", "answer"}."""
     output: Path
     """Folder for the adapter (PEFT's format), metrics.jsonl and loss.png."""
     eval_data: str | None = None
@@ -29,7 +29,7 @@ class Train(ModelOptions):
     max_length: int = 1024
     """Tokens of an example; longer ones are cut on the right."""
     template: Template = "auto"
-    """chat: the tokenizer's chat template; plain: prompt, then answer; auto: chat if there is one."""
+    """chat: the tokenizer's chat template; plain: prompt, then answer; auto: chat if it has one."""
     adapter: Path | None = None
     """Go on from this PEFT adapter instead of a new one (its settings replace --lora)."""
     lora: LoraConfig = LoraConfig()
@@ -45,7 +45,7 @@ class Train(ModelOptions):
         if not held_out and self.eval_count:
             if not 0 < self.eval_count < len(examples):
                 raise QloraError(
-                    f"--eval-count {self.eval_count} leaves nothing of {len(examples)} rows to train on"
+                    f"--eval-count {self.eval_count} leaves none of {len(examples)} rows to train"
                 )
             examples, held_out = examples[: -self.eval_count], examples[-self.eval_count :]
         model = self.load()

@@ -48,11 +48,13 @@ def batches(
 
     Every epoch has its own order and sees each example exactly once; a batch may straddle two
     epochs. Step n gives the same batch wherever the iteration started, so resuming needs nothing
-    but the step.
+    but the step. Raises QloraError, at the first batch, for an empty dataset or a bad argument.
     """
     if batch_size < 1 or start_step < 0:
         raise QloraError(f"need batch_size >= 1, start_step >= 0; got {batch_size}, {start_step}")
     count = len(dataset)
+    if not count:
+        raise QloraError("the dataset has no examples")
 
     @lru_cache(maxsize=2)  # a batch straddles two epochs at a time; more only if it is larger
     def order(epoch: int) -> np.ndarray:

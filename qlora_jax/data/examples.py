@@ -104,7 +104,7 @@ def rows_to_examples(rows: Iterable[object], name: str = "rows") -> list[Example
 
 def _read_json_lines(path: Path) -> list[Example]:
     examples: list[Example] = []
-    with path.open(encoding="utf-8") as file:
+    with path.open(encoding="utf-8-sig") as file:  # some editors write a byte order mark
         try:
             for number, line in enumerate(file, start=1):
                 if not line.strip():

@@ -14,7 +14,7 @@ from typing import Any, Literal, overload
 import numpy as np
 
 from qlora_jax.data.examples import Example, Message
-from qlora_jax.errors import QloraError
+from qlora_jax.errors import QloraError, missing
 from qlora_jax.models.loss import IGNORE
 
 Template = Literal["auto", "chat", "plain"]
@@ -36,13 +36,14 @@ class TokenizedDataset(Sequence[TokenizedExample]):
     """Tokenized examples, and what max_length did to them.
 
     cut: examples shortened on the right. dropped: examples left out because nothing of the answer
-    remained.
+    remained. max_length: the limit itself, None if there was none.
     """
 
     examples: tuple[TokenizedExample, ...]
     pad_id: int
     cut: int = 0
     dropped: int = 0
+    max_length: int | None = None
 
     def __len__(self) -> int:
         return len(self.examples)
@@ -75,12 +76,22 @@ def encode(tokenizer: Any, text: str) -> list[int]:
 
 
 def render(tokenizer: Any, messages: Sequence[Message], *, generation_prompt: bool) -> str:
-    """`messages` through the tokenizer's chat template, as text."""
-    return tokenizer.apply_chat_template(
-        [{"role": message.role, "content": message.content} for message in messages],
-        tokenize=False,
-        add_generation_prompt=generation_prompt,
-    )
+    """`messages` through the tokenizer's chat template, as text.
+
+    Raises QloraError with the template's own words if it refuses them (no system turn, say).
+    """
+    try:
+        from jinja2 import TemplateError
+    except ModuleNotFoundError as error:
+        raise missing("jinja2", "a chat template", "hf") from error
+    try:
+        return tokenizer.apply_chat_template(
+            [{"role": message.role, "content": message.content} for message in messages],
+            tokenize=False,
+            add_generation_prompt=generation_prompt,
+        )
+    except TemplateError as error:
+        raise QloraError(f"the chat template refuses the conversation: {error}") from error
 
 
 def uses_chat(tokenizer: Any, template: Template) -> bool:
@@ -113,9 +124,10 @@ def _label_chat(tokenizer: Any, example: Example) -> tuple[list[int], list[int]]
         start, end = encode(tokenizer, before), encode(tokenizer, after)
         if ids[: len(start)] != start or ids[: len(end)] != end or len(start) >= len(end):
             raise QloraError(
-                f"{example.where}: the chat template does not keep the text before message {turn} "
-                "as a prefix of the whole conversation, so its answer cannot be told apart; "
-                "split the conversation into one row for each answer"
+                f"the tokens before message {turn} are no prefix of the whole conversation's, so "
+                "its answer cannot be told apart: the chat template rewrites earlier turns (split "
+                "the conversation into one row for each answer), or the answer's first characters "
+                "merge with what stands before them (strip white space from its beginning)"
             )
         stop = len(end)
         # What a template writes after the end-of-turn token is never generated: leave it out.
@@ -128,9 +140,7 @@ def _label_chat(tokenizer: Any, example: Example) -> tuple[list[int], list[int]]
 
 def _label_plain(tokenizer: Any, example: Example) -> tuple[list[int], list[int]]:
     if any(message.role == "assistant" for message in example.prompt):
-        raise QloraError(
-            f"{example.where}: a conversation of several answers needs a chat template"
-        )
+        raise QloraError("a conversation of several answers needs a chat template")
     prompt = encode_prompt(tokenizer, example.prompt, "plain")
     answer = encode(tokenizer, example.answer)
     if tokenizer.eos_token_id is not None:
@@ -157,7 +167,10 @@ def tokenize(
     kept: list[TokenizedExample] = []
     cut = dropped = 0
     for example in examples:
-        ids, labels = label(tokenizer, example)
+        try:
+            ids, labels = label(tokenizer, example)
+        except QloraError as error:
+            raise QloraError(f"{example.where}: {error}") from error
         too_long = len(ids) > max_length
         ids, labels = ids[:max_length], labels[:max_length]
         # The first position has no predecessor to be predicted from.
@@ -172,4 +185,4 @@ def tokenize(
             f"max_length={max_length} tokens"
         )
     pad_id = next((i for i in (tokenizer.pad_token_id, tokenizer.eos_token_id) if i is not None), 0)
-    return TokenizedDataset(tuple(kept), pad_id, cut, dropped)
+    return TokenizedDataset(tuple(kept), pad_id, cut, dropped, max_length)

@@ -4,7 +4,6 @@ import json
 import sys
 import time
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 import jax
@@ -20,11 +19,15 @@ class MetricsFile:
         self.history: list[dict[str, float]] = []
 
     def add(self, **entry: float) -> None:
+        """Appends one line."""
         self.history.append(entry)
         self._file.write(json.dumps(entry) + "\n")
         self._file.flush()
 
-    def close(self) -> None:
+    def __enter__(self) -> "MetricsFile":
+        return self
+
+    def __exit__(self, *_: Any) -> None:
         self._file.close()
 
 
@@ -60,12 +63,7 @@ class Progress:
         self._bar.start()
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: Any) -> None:
         self._bar.stop()
 
     def step(self, number: int, entry: dict[str, float]) -> None:

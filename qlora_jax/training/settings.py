@@ -1,23 +1,26 @@
 """What a person chooses about a training run."""
 
 import dataclasses
-from typing import Literal
+import math
+from typing import get_args
 
 import optax
 
 from qlora_jax.errors import QloraError
-
-ScheduleName = Literal["constant", "linear", "cosine"]
+from qlora_jax.training.schedules import ScheduleName, schedule
 
 
 @dataclasses.dataclass(frozen=True)
 class TrainSettings:
-    """A training run; the defaults are those of QLoRA's own program where it has one."""
+    """A training run; the defaults are those of QLoRA's own program where it has one.
+
+    Raises QloraError for values out of range, and for both of steps and epochs.
+    """
 
     steps: int | None = None
     """Optimizer steps; None: as many as `epochs` makes."""
-    epochs: float = 1.0
-    """Passes over the training examples, if `steps` is not given."""
+    epochs: float | None = None
+    """Passes over the training examples, instead of steps; one if neither is given."""
     batch_size: int = 4
     """Examples in a micro-batch."""
     accumulate: int = 1
@@ -26,8 +29,8 @@ class TrainSettings:
     """Peak of the schedule."""
     schedule: ScheduleName = "constant"
     """How the rate falls after the warm-up: not at all, to zero linearly, or along a cosine."""
-    warmup: float = 0.0
-    """Share of the steps in which the rate rises from zero, from 0 to 1."""
+    warmup: int | float = 0
+    """In how many steps the rate rises; with a decimal point: in what share of them, 0.0 to 1.0."""
     weight_decay: float = 0.0
     """AdamW's."""
     beta1: float = 0.9
@@ -36,6 +39,9 @@ class TrainSettings:
     """AdamW's decay of the mean of squared gradients."""
     max_grad_norm: float | None = 0.3
     """Gradients are clipped to this global norm."""
+    sequence_length: int | None = None
+    """Tokens every example is padded to; None: the longest one's, rounded up to a multiple of 32 as
+    far as the limit they were tokenized with allows."""
     remat: bool = False
     """Keep only each layer's input for the backward pass: less memory, a third more time."""
     seed: int = 0
@@ -44,44 +50,46 @@ class TrainSettings:
     """Steps between evaluations; there is always one at the end."""
     save_every: int | None = None
     """Steps between adapters saved as output/step-N; there is always one at the end."""
+    log_every: int = 1
+    """Steps between lines of metrics.jsonl; there is always one of the last step."""
 
     def __post_init__(self) -> None:
-        for name in ("steps", "batch_size", "accumulate", "eval_every", "save_every"):
+        if self.steps is not None and self.epochs is not None:
+            raise QloraError(
+                f"give steps or epochs, not both (got {self.steps} steps, {self.epochs} epochs)"
+            )
+        counts = ("steps", "batch_size", "accumulate", "sequence_length")
+        for name in (*counts, "eval_every", "save_every", "log_every"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise QloraError(f"{name} must be at least 1, got {value}")
-        for name in ("epochs", "learning_rate"):
-            if getattr(self, name) <= 0:
-                raise QloraError(f"{name} must be positive, got {getattr(self, name)}")
-        if not 0 <= self.warmup <= 1:
-            raise QloraError(f"warmup is a share of the steps, from 0 to 1, got {self.warmup}")
-        if self.max_grad_norm is not None and self.max_grad_norm <= 0:
-            raise QloraError(f"max_grad_norm must be positive or None, got {self.max_grad_norm}")
-        if self.schedule not in ("constant", "linear", "cosine"):
+        for name in ("epochs", "learning_rate", "max_grad_norm"):
+            value = getattr(self, name)
+            if value is not None and not 0 < value < math.inf:
+                raise QloraError(f"{name} must be positive, got {value}")
+        for name in ("beta1", "beta2"):
+            if not 0 <= getattr(self, name) < 1:
+                raise QloraError(f"{name} must be in [0, 1), got {getattr(self, name)}")
+        if not 0 <= self.weight_decay < math.inf:
+            raise QloraError(f"weight_decay must not be negative, got {self.weight_decay}")
+        if self.warmup < 0 or (isinstance(self.warmup, float) and not self.warmup <= 1):
+            raise QloraError(
+                "warmup must be a whole number of steps, or a share of them from 0.0 to 1.0, "
+                f"got {self.warmup}"
+            )
+        if self.schedule not in get_args(ScheduleName):
             raise QloraError(f"schedule must be constant, linear or cosine, got {self.schedule!r}")
 
     def steps_for(self, examples: int) -> int:
         """How many steps the run over that many examples takes."""
         if self.steps is not None:
             return self.steps
-        return max(1, round(self.epochs * examples / (self.batch_size * self.accumulate)))
+        epochs = 1.0 if self.epochs is None else self.epochs
+        return max(1, round(epochs * examples / (self.batch_size * self.accumulate)))
 
     def learning_rates(self, steps: int) -> optax.Schedule:
         """Step -> learning rate, over a run of `steps`."""
-        warmup = round(self.warmup * steps)
-        rest = max(steps - warmup, 1)
-        after: optax.Schedule
-        if self.schedule == "linear":
-            after = optax.linear_schedule(self.learning_rate, 0.0, rest)
-        elif self.schedule == "cosine":
-            after = optax.cosine_decay_schedule(self.learning_rate, rest)
-        else:
-            after = optax.constant_schedule(self.learning_rate)
-        if warmup == 0:
-            return after
-        # The first step would have rate 0, and so be lost, if the rise began there.
-        rise = optax.linear_schedule(self.learning_rate / warmup, self.learning_rate, warmup - 1)
-        return optax.join_schedules([rise, after], [warmup])
+        return schedule(self.schedule, self.learning_rate, steps, self.warmup)
 
     def optimizer(self, steps: int) -> optax.GradientTransformation:
         """AdamW on that schedule."""

@@ -35,7 +35,7 @@ def normal(seed: int, *shape: int, scale: float = 1.0) -> jax.Array:
 
 
 def kernel(seed: int, *shape: int, k: int = 1) -> jax.Array:
-    """A random weight whose product keeps the size of its input; `k`: how many axes come last but n."""
+    """A random weight whose product keeps its input's size; `k`: how many axes are contracted."""
     return normal(seed, *shape, scale=1.0 / math.sqrt(math.prod(shape[-1 - k : -1])))
 
 

@@ -89,7 +89,7 @@ def test_cond_that_chooses_a_weight(base: str) -> None:
 
 @pytest.mark.parametrize("base", ("nf4", "dense", "frozen"))
 def test_while_loop(base: str) -> None:
-    """Weights in the body and in the condition; reverse mode does not exist for it, in JAX either."""
+    """Weights in body and condition; JAX has no reverse mode for it, with or without lift."""
 
     def fn(p: Any, x: jax.Array) -> Any:
         def proceed(carry: Any) -> jax.Array:

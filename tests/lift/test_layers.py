@@ -116,7 +116,7 @@ def test_nnx(name: str, base: str) -> None:
 
 @pytest.mark.parametrize("base", ("nf4", "dense"))
 def test_ids_outside_the_table(base: str) -> None:
-    """jnp's own rules: negative ids count from the end, ids beyond the table give NaN or the last row."""
+    """jnp's rules: negative ids count from the end, ids beyond it give the last row or a fill."""
     ids = jnp.asarray([0, -1, 39, -40])
     table = {"table": normal(0, 40, 64)}
     check(lambda p, ids: p["table"][ids], table, {"table": (1, 1)}, ids, base=base)

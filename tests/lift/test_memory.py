@@ -56,7 +56,7 @@ def test_no_dense_stack_forward_or_backward(fn: Any) -> None:
 
 @pytest.mark.parametrize("fn", (scanned, rematted))
 def test_backward_pass_keeps_no_copy_of_the_codes(fn: Any) -> None:
-    """The loop of the backward pass reads the codes that are there, not a stack saved on the way."""
+    """The backward pass's loop reads the codes that are there, not a stack saved on the way."""
     frozen, adapters = prepare(PARAMS, AXES, "nf4")
     jaxpr = jax.make_jaxpr(jax.grad(loss_of(fn, frozen)))(adapters, X)
     made = [
@@ -101,7 +101,7 @@ def test_no_gradient_of_the_frozen_weight(fn: Any, base: str) -> None:
 
 
 def test_adapter_product_is_never_formed() -> None:
-    """Unlike the oracle, lift does not add A B to the weight: with a dense base nothing is K x N."""
+    """lift, unlike the oracle, adds no A B to the weight: with a dense base nothing is K x N."""
     frozen, adapters = prepare(PARAMS, AXES, "dense")
     attached = lora.attach(frozen, adapters)
     shapes = shapes_made(jax.make_jaxpr(lift(scanned, strict=True))(attached, X))

@@ -1,4 +1,4 @@
-"""shard_map on eight virtual CPU devices: the plain function shards dense weights, lift its parts."""
+"""shard_map on eight virtual CPU devices: the plain function shards W, lift its parts."""
 
 from typing import Any
 

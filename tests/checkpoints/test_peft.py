@@ -1,0 +1,163 @@
+"""PEFT's files, both ways; that PEFT itself agrees is shown in tests/parity."""
+
+import dataclasses
+import json
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from safetensors.numpy import load_file, save_file
+
+import qlora_jax as qj
+from tests import tiny
+
+pytestmark = pytest.mark.standard_promotion
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> qj.Model:
+    return qj.load(tiny.write_checkpoint(tmp_path_factory.mktemp("tiny")), quantization=qj.NF4())
+
+
+def trained(model: qj.Model, config: qj.LoraConfig) -> dict:
+    """Adapters in which nothing is zero."""
+    adapters = qj.lora.init(jax.random.key(1), model.params, config)
+    leaves, tree = jax.tree.flatten(adapters)
+    keys = jax.random.split(jax.random.key(2), len(leaves))
+    noisy = [x + 0.1 * jax.random.normal(k, x.shape) for x, k in zip(leaves, keys, strict=True)]
+    return jax.tree.unflatten(tree, noisy)
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        qj.LoraConfig(rank=4, alpha=8),
+        qj.LoraConfig(rank=4, alpha=12, rslora=True, dropout=0.1),
+        qj.LoraConfig(
+            rank=4, alpha=8, targets=("q_proj", "embed_tokens"), rank_pattern={"q_proj": 2}
+        ),
+        qj.LoraConfig(rank=4, alpha=8, alpha_pattern={"mlp.*": 3}, modules_to_save=("norm",)),
+    ],
+    ids=["plain", "rslora", "ranks", "alphas and a norm in full"],
+)
+def test_what_is_saved_is_loaded(config, model, tmp_path):
+    adapters = trained(model, config)
+    qj.peft.save(tmp_path / "a", adapters, model, config)
+    again, found = qj.peft.load(tmp_path / "a", model)
+    assert jax.tree.structure(adapters) == jax.tree.structure(again)
+    assert jax.tree.all(jax.tree.map(lambda x, y: bool((x == y).all()), adapters, again))
+    assert (found.dropout, found.rslora) == (config.dropout, config.rslora)
+    fresh = qj.lora.init(jax.random.key(0), model.params, found)
+    assert jax.tree.structure(fresh) == jax.tree.structure(adapters)
+
+
+def test_names_and_shapes_are_pefts(model, tmp_path):
+    config = qj.LoraConfig(rank=4, alpha=8, targets=("k_proj",))
+    qj.peft.save(tmp_path, trained(model, config), model, config)
+    tensors = load_file(tmp_path / "adapter_model.safetensors")
+    assert {name: x.shape for name, x in tensors.items()} == {
+        f"base_model.model.model.layers.{i}.self_attn.k_proj.lora_{f}.weight": shape
+        for i in (0, 1)
+        for f, shape in (("A", (4, 64)), ("B", (32, 4)))
+    }
+    about = json.loads((tmp_path / "adapter_config.json").read_text())
+    expected = {"peft_type": "LORA", "r": 4, "lora_alpha": 8, "target_modules": ["k_proj"]}
+    assert about.items() >= expected.items()
+
+
+@pytest.fixture
+def saved(model: qj.Model, tmp_path: Path) -> Path:
+    config = qj.LoraConfig(rank=4, alpha=8, targets=("q_proj", "v_proj"))
+    qj.peft.save(tmp_path / "a", trained(model, config), model, config)
+    return tmp_path / "a"
+
+
+def change(folder: Path, **settings: object) -> None:
+    path = folder / "adapter_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | settings))
+
+
+def test_layers_may_differ(model, saved):
+    """A layer of lower rank is padded, a layer left out does nothing; the sum is what counts."""
+    file = saved / "adapter_model.safetensors"
+    tensors = load_file(file)
+    prefix = "base_model.model.model.layers."
+    for name in list(tensors):
+        if name.startswith(f"{prefix}0.self_attn.v_proj"):
+            del tensors[name]
+    a, b = (f"{prefix}1.self_attn.q_proj.lora_{f}.weight" for f in "AB")
+    tensors[a], tensors[b] = tensors[a][:2].copy(), tensors[b][:, :2].copy()
+    save_file(tensors, file)
+    change(saved, rank_pattern={"layers.1.self_attn.q_proj": 2})
+    adapters, _ = qj.peft.load(saved, model)
+    assert adapters["layers/self_attn/q_proj/kernel"].scaling == (2.0, 4.0)
+    assert adapters["layers/self_attn/v_proj/kernel"].scaling == (0.0, 2.0)
+    dense = qj.lora.merge(model.params, adapters)["layers"]["self_attn"]
+    base = model.params["layers"]["self_attn"]
+    change_q = dense["q_proj"]["kernel"][1] - base["q_proj"]["kernel"].dequantize()[1]
+    np.testing.assert_allclose(change_q, 4.0 * (tensors[b] @ tensors[a]).T, atol=1e-6)
+    assert (dense["v_proj"]["kernel"][0] == base["v_proj"]["kernel"].dequantize()[0]).all()
+    qj.peft.save(saved, adapters, model)
+    again, _ = qj.peft.load(saved, model)
+    assert jax.tree.all(jax.tree.map(lambda x, y: bool((x == y).all()), adapters, again))
+    assert jax.tree.structure(adapters) == jax.tree.structure(again)
+
+
+def test_everything_that_does_not_fit_is_listed(model, saved):
+    file = saved / "adapter_model.safetensors"
+    tensors = load_file(file)
+    prefix = "base_model.model.model.layers."
+    del tensors[f"{prefix}0.self_attn.q_proj.lora_B.weight"]
+    tensors[f"{prefix}1.self_attn.q_proj.lora_A.weight"] = np.zeros((4, 65), np.float32)
+    tensors[f"{prefix}9.self_attn.q_proj.lora_A.weight"] = np.zeros((4, 64), np.float32)
+    save_file(tensors, file)
+    with pytest.raises(qj.QloraError) as error:
+        qj.peft.load(saved, model)
+    text = str(error.value)
+    assert "layers.0.self_attn.q_proj: has A, needs both A and B" in text
+    assert "layers.1.self_attn.q_proj: A (4, 65)" in text
+    assert "layers.9.self_attn.q_proj.lora_A.weight: the model has no such module" in text
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"peft_type": "IA3"}, "only LORA"),
+        ({"use_dora": True}, "use_dora=True"),
+        ({"bias": "all"}, "bias='all'"),
+        ({"r": None}, "r or lora_alpha is missing"),
+        ({"r": 8}, r"A \(4, 64\) and B \(64, 4\), expected \(8, 64\)"),
+    ],
+)
+def test_variants_that_are_not_supported(settings, message, model, saved):
+    change(saved, **settings)
+    with pytest.raises(qj.QloraError, match=message):
+        qj.peft.load(saved, model)
+
+
+def test_a_tied_embedding_needs_weight_tying(model, tmp_path):
+    config = qj.LoraConfig(rank=2, targets=("embed_tokens",))
+    qj.peft.save(tmp_path, trained(model, config), model, config)
+    qj.peft.load(tmp_path, model)
+    change(tmp_path, ensure_weight_tying=False)
+    with pytest.raises(qj.QloraError, match="tied to its embedding"):
+        qj.peft.load(tmp_path, model)
+
+
+def test_faults(model, saved, tmp_path):
+    with pytest.raises(qj.QloraError, match="adapter_config.json is not there"):
+        qj.peft.load(tmp_path / "nowhere", model)
+    (saved / "adapter_model.safetensors").rename(saved / "adapter_model.bin")
+    with pytest.raises(qj.QloraError, match="pickle"):
+        qj.peft.load(saved, model)
+    with pytest.raises(qj.QloraError, match="no parameters"):
+        qj.peft.save(tmp_path / "b", {"nothing/kernel": jnp.zeros(3)}, model)
+    with pytest.raises(qj.QloraError, match="quantized here"):
+        dense = dataclasses.replace(model, params=qj.quant.dequantize_tree(model.params))
+        full = qj.lora.init(
+            jax.random.key(0), dense.params, qj.LoraConfig(targets=(), modules_to_save=("q_proj",))
+        )
+        qj.peft.save(tmp_path / "c", full, dense)
+        qj.peft.load(tmp_path / "c", model)

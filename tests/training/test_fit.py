@@ -1,0 +1,123 @@
+"""Whole runs of the trainer."""
+
+import json
+import math
+
+import jax
+import numpy as np
+import optax
+import pytest
+
+import qlora_jax as qj
+from qlora_jax.training import trainer
+from qlora_jax.training.settings import TrainSettings
+from tests.training import models
+
+CONFIG = qj.LoraConfig(rank=4, alpha=8, dropout=0.05)
+# matplotlib and rich are not written for strict promotion, but use no jax either.
+
+
+def fit(output, **changes):
+    settings = TrainSettings(
+        **({"steps": 6, "batch_size": 2, "learning_rate": 1e-2} | changes.pop("settings", {}))
+    )
+    options = {"evaluation": models.dataset(5, seed=1), "display": False} | changes
+    return trainer.fit(models.model(), CONFIG, models.dataset(), settings, output, **options)
+
+
+def test_a_run_leaves_adapter_metrics_and_plot(tmp_path):
+    settings = {"eval_every": 2, "save_every": 4, "accumulate": 2, "warmup": 0.5}
+    result = fit(tmp_path / "out", settings=settings)
+    lines = [json.loads(line) for line in (tmp_path / "out/metrics.jsonl").read_text().splitlines()]
+    assert lines == result.history
+    assert [e["step"] for e in lines if "loss" in e] == [1, 2, 3, 4, 5, 6]
+    assert [e["step"] for e in lines if "eval_loss" in e] == [2, 4, 6]
+    rates = [e["learning_rate"] for e in lines if "loss" in e]
+    np.testing.assert_allclose(rates, np.array([1, 2, 3, 3, 3, 3]) * 1e-2 / 3, rtol=1e-5)
+    assert lines[-1]["eval_loss"] < lines[2]["eval_loss"]
+    assert (tmp_path / "out/loss.png").read_bytes().startswith(b"\x89PNG")
+    for folder in ("out", "out/step-4"):
+        adapters, config = qj.peft.load(tmp_path / folder, models.model())
+        assert config.dropout == 0.05
+    final, _ = qj.peft.load(tmp_path / "out", models.model())
+    assert jax.tree.all(jax.tree.map(lambda a, b: bool((a == b).all()), final, result.adapters))
+    assert not result.interrupted
+
+
+def test_the_same_seed_is_the_same_run(tmp_path):
+    runs = [
+        fit(tmp_path / name, settings={"seed": s}) for name, s in (("a", 3), ("b", 3), ("c", 4))
+    ]
+    losses = [[e["loss"] for e in run.history if "loss" in e] for run in runs]
+    assert losses[0] == losses[1] != losses[2]
+
+
+def test_an_interrupted_run_is_saved(tmp_path, monkeypatch, capsys):
+    real = trainer.batches
+
+    def interrupted(*args, **kwargs):
+        for number, batch in enumerate(real(*args, **kwargs)):
+            if number == 3:
+                raise KeyboardInterrupt
+            yield batch
+
+    monkeypatch.setattr(trainer, "batches", interrupted)
+    result = fit(tmp_path / "out", display=True)
+    assert result.interrupted and len(result.history) == 3
+    assert "interrupted after step 3" in capsys.readouterr().out
+    adapters, _ = qj.peft.load(tmp_path / "out", models.model())
+    assert jax.tree.all(jax.tree.map(lambda a, b: bool((a == b).all()), adapters, result.adapters))
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(tmp_path):
+    with pytest.raises(qj.QloraError, match=r"step \d: the loss is .*lower learning rate"):
+        fit(tmp_path / "out", optimizer=optax.sgd(math.inf))
+    assert not (tmp_path / "out/adapter_model.safetensors").exists()
+
+
+def test_an_adapter_is_not_overwritten(tmp_path):
+    fit(tmp_path / "out", settings={"steps": 1})
+    with pytest.raises(qj.QloraError, match="has an adapter already"):
+        fit(tmp_path / "out")
+
+
+def test_progress_is_shown(tmp_path, capsys):
+    fit(tmp_path / "out", display=True)
+    text = capsys.readouterr().out
+    assert "step 6/6" in text and "tokens/s" in text and "held-out loss" in text
+
+
+def test_going_on_from_an_adapter(tmp_path):
+    first = fit(tmp_path / "a")
+    second = fit(
+        tmp_path / "b", adapters=first.adapters, settings={"steps": 1, "learning_rate": 1e-9}
+    )
+    assert second.history[-1]["eval_loss"] == pytest.approx(
+        first.history[-1]["eval_loss"], rel=1e-4
+    )
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"batch_size": 0}, "batch_size must be at least 1"),
+        ({"learning_rate": 0.0}, "learning_rate must be positive"),
+        ({"warmup": 2.0}, "warmup is a share"),
+        ({"max_grad_norm": -1.0}, "max_grad_norm must be positive"),
+        ({"schedule": "step"}, "schedule must be"),
+    ],
+)
+def test_settings_that_make_no_sense(settings, message):
+    with pytest.raises(qj.QloraError, match=message):
+        TrainSettings(**settings)
+
+
+def test_steps_and_schedules():
+    assert TrainSettings(epochs=2.0, batch_size=4, accumulate=2).steps_for(40) == 10
+    assert TrainSettings(epochs=0.001).steps_for(40) == 1
+    assert TrainSettings(steps=7).steps_for(40) == 7
+    for name, last in (("constant", 1.0), ("linear", 1 / 6), ("cosine", 0.067)):
+        rates = TrainSettings(learning_rate=1.0, schedule=name, warmup=0.4).learning_rates(10)
+        values = [float(np.asarray(rates(i))) for i in range(10)]
+        np.testing.assert_allclose(values[:5], [0.25, 0.5, 0.75, 1.0, 1.0], rtol=1e-6)
+        assert values[-1] == pytest.approx(last, abs=1e-3), name
