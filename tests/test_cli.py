@@ -11,12 +11,14 @@ import numpy as np
 import pytest
 
 from qlora_jax import cli, demo_task
+from qlora_jax.commands.train import Train
 from qlora_jax.generation import Sampling
 from qlora_jax.lora import LoraConfig
 from qlora_jax.training.settings import TrainSettings
 from tests import tiny
 
 pytestmark = pytest.mark.standard_promotion
+EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
 
 
 @pytest.fixture(scope="module")
@@ -186,6 +188,14 @@ def test_bad_settings_files(folder, tmp_path, capsys):
     settings.write_text(f"model: {folder}\nlora: {{ranks: 3}}\n")
     assert "--lora.ranks" in refused(capsys, "train", "--config", settings)
     assert "--config needs a file" in refused(capsys, "train", "--config")
+
+
+@pytest.mark.parametrize("path", sorted(EXAMPLES.glob("*.yaml")), ids=lambda path: path.name)
+def test_the_examples_settings_are_settings(path, capsys, monkeypatch):
+    ran = []
+    monkeypatch.setattr(Train, "run", ran.append)
+    run("train", "--config", path)
+    assert ran[0].output.name == path.stem
 
 
 def test_usage(capsys):
