@@ -5,7 +5,7 @@
 Every contender runs in a process of its own, in turn, `rounds` times, so that a slow minute of the
 machine hits all of them. Rank 16 on every linear weight but the head, AdamW, gradients clipped,
 fp32, every token labelled, no rematerialization. Seconds are medians of all steps after the
-warm-up; memory is the peak of the resident set of the whole process, loading included. The last
+warm-up; memory is the peak of the resident set of the whole process, loading included (Linux). The last
 column is the share of this machine's own fp32 matmul rate (2048^3, jnp.matmul) that the step's
 matmuls with weights reach.
 
@@ -14,7 +14,6 @@ Needs torch, transformers, PEFT and bitsandbytes: the environment that `make par
 
 import argparse
 import json
-import resource
 import statistics
 import subprocess
 import sys
@@ -103,9 +102,11 @@ def child(job: dict[str, Any]) -> dict[str, Any]:
 
 
 def _peak_memory() -> int:
-    """Bytes; ru_maxrss counts KiB on Linux and bytes on macOS."""
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024
+    """Bytes. Not ru_maxrss, which on Linux begins at the peak of the process that started this."""
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith("VmHWM:"):
+            return int(line.split()[1]) * 1024
+    raise RuntimeError("no VmHWM in /proc/self/status")
 
 
 def spawn(job: dict[str, Any]) -> dict[str, Any]:

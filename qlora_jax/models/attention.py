@@ -69,26 +69,36 @@ def _attend(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array | None) ->
     """
     time = q.shape[1]
     if time != k.shape[1]:
-        return _attend_block(q, k, v, mask)
+        return _attend_block(q, k, v, mask, 0, time, k.shape[1])
     # Blocks are unrolled: at most 16 of them, to keep programs small.
     block = BLOCK * max(1, -(-time // (16 * BLOCK)))
     parts = []
     for start in range(0, time, block):
         end = min(start + block, time)
-        if mask is None:
-            here = causal_mask(jnp.arange(start, end), end, None)
-        else:
-            here = mask[:, :, start:end, :end]
-        parts.append(_attend_block(q[:, start:end], k[:, :end], v[:, :end], here))
+        parts.append(_attend_block(q, k, v, mask, start, end, end))
     return parts[0] if len(parts) == 1 else jnp.concatenate(parts, axis=1)
 
 
 # Under jax.checkpoint only q, k and v are kept for the backward pass: the T x S probabilities of
-# every layer would be by far the largest residual, and computing them again is cheap.
+# every layer would be by far the largest residual, and computing them again is cheap. Blocks are
+# cut inside, so that they keep the whole arrays together and not a slice each.
 # prevent_cse=False: the layers run inside a scan, whose forward and backward loops are separate.
-@functools.partial(jax.checkpoint, prevent_cse=False)
-def _attend_block(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array | None) -> jax.Array:
-    return jax.nn.dot_product_attention(q, k, v, mask=mask)
+@functools.partial(jax.checkpoint, prevent_cse=False, static_argnums=(4, 5, 6))
+def _attend_block(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    mask: jax.Array | None,
+    start: int,
+    end: int,
+    seen: int,
+) -> jax.Array:
+    """Queries `start` to `end` over the first `seen` keys; mask None: plainly causal."""
+    if mask is None:
+        here = causal_mask(jnp.arange(start, end), seen, None)
+    else:
+        here = mask[:, :, start:end, :seen]
+    return jax.nn.dot_product_attention(q[:, start:end], k[:, :seen], v[:, :seen], mask=here)
 
 
 def causal_mask(queries: jax.Array, slots: int, valid: jax.Array | None) -> jax.Array:

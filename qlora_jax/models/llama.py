@@ -43,14 +43,19 @@ class MLP(nnx.Module):
         self.up_proj = linear(config.hidden_size, config.intermediate_size)
         self.down_proj = linear(config.intermediate_size, config.hidden_size)
 
-    def __call__(self, x: jax.Array) -> jax.Array:
-        return self.down_proj(_gated(self.gate_proj(x), self.up_proj(x)))
+    def widen(self, x: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """x [B, T, D] -> gate and up, [B, T, F]."""
+        return self.gate_proj(x), self.up_proj(x)
+
+    def narrow(self, gate: jax.Array, up: jax.Array) -> jax.Array:
+        """gate and up [B, T, F] -> [B, T, D]."""
+        return self.down_proj(jax.nn.silu(gate) * up)
 
 
-# Recomputed in the backward pass, so that gate and up are the only [B, T, F] residuals of it.
-@functools.partial(jax.checkpoint, prevent_cse=False)
-def _gated(gate: jax.Array, up: jax.Array) -> jax.Array:
-    return jax.nn.silu(gate) * up
+# Marks where the backward pass starts from the inputs again. What lies between two such places is
+# a norm or a gate before matrix products; of those no output is needed again but what the next
+# place keeps, so they are not repeated. Of all [B, T, F] arrays gate and up alone are kept.
+_cheap = functools.partial(jax.checkpoint, prevent_cse=False)
 
 
 class Layer(nnx.Module):
@@ -138,7 +143,9 @@ class Llama(nnx.Module):
             x, keys, values = carry
             state, number, window = xs
             layer = nnx.merge(graphdef, state)
-            q, k, v = layer.self_attn.project(layer.input_layernorm(x), cos, sin)
+            q, k, v = _cheap(lambda x: layer.self_attn.project(layer.input_layernorm(x), cos, sin))(
+                x
+            )
             if cache is not None:
                 place = (number, 0, start, 0, 0)
                 keys = jax.lax.dynamic_update_slice(keys, k[None].astype(keys.dtype), place)
@@ -148,7 +155,8 @@ class Llama(nnx.Module):
             if mask is not None and window is not None:
                 here = mask & within_window(queries, slots, window)
             x = x + layer.self_attn.attend(q, k, v, here)
-            x = x + layer.mlp(layer.post_attention_layernorm(x))
+            gate, up = _cheap(lambda x: layer.mlp.widen(layer.post_attention_layernorm(x)))(x)
+            x = x + _cheap(layer.mlp.narrow)(gate, up)
             return (x, keys, values), None
 
         # The cache travels in the carry, where XLA updates it in place; as scan inputs and outputs

@@ -5,8 +5,9 @@ the library's own way of densifying or attaching, only QuantizedArray.dequantize
 tests against bitsandbytes.
 """
 
+import functools
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import jax
@@ -104,63 +105,100 @@ def add_low_rank(weight: jax.Array, adapter: Any) -> jax.Array:
     return (weight.astype(jnp.float32) + product.reshape(weight.shape)).astype(weight.dtype)
 
 
+QUICK = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
+"""For the oracle's programs, which run once: compiling them is nearly all that a test costs."""
+
+
 def check(
     fn: Callable[..., Any],
     params: Any,
     axes: Axes,
     *inputs: Any,
-    base: str,
+    bases: Iterable[str],
     strict: bool = True,
     rtol: float = RTOL,
 ) -> None:
-    """lift(fn) on lazy weights equals fn on dense ones: values, gradients of A, B and inputs."""
-    frozen, adapters = prepare(params, axes, base)
+    """lift(fn) on lazy weights equals fn on dense ones: values, gradients of A, B and inputs.
+
+    All of `bases` share one compiled oracle: fn with its gradient in W, and from that to A and B.
+    """
+    oracle = _value_and_gradients(lambda _, dense, *xs: fn(dense, *xs), QUICK)
     lifted = lift(fn, strict=strict)
-    compare(
-        lambda trained, *xs: lifted(lora.attach(frozen, trained), *xs),
-        lambda trained, *xs: fn(densify(frozen, trained), *xs),
-        adapters,
-        *inputs,
-        rtol=rtol,
+    ours = _value_and_gradients(
+        lambda frozen, trained, *xs: lifted(lora.attach(frozen, trained), *xs)
     )
+    for base in bases:
+        frozen, adapters = prepare(params, axes, base)
+        out, (by_weights, *by_inputs) = oracle(None, _densify(frozen, adapters), *inputs)
+        want = (out, (_to_adapters(frozen, adapters, by_weights), *by_inputs))
+        _assert_agree(ours(frozen, adapters, *inputs), want, rtol, base)
 
 
 def compare(
     actual: Callable[..., Any], expected: Callable[..., Any], *args: Any, rtol: float = RTOL
 ) -> None:
-    """Both functions give the same values, and the same gradients of all floating arguments.
+    """Both functions give the same values, and the same gradients of all floating arguments."""
+    got = _value_and_gradients(lambda _, *xs: actual(*xs))(None, *args)
+    want = _value_and_gradients(lambda _, *xs: expected(*xs), QUICK)(None, *args)
+    _assert_agree(got, want, rtol, "compared")
 
-    Gradients are those of the outputs' sum with fixed random weights. Every gradient of the first
-    argument (the adapters) must be non-zero, or the comparison would show nothing.
+
+def quick(fn: Callable[..., Any]) -> Callable[..., Any]:
+    """fn jitted, compiled fast instead of well."""
+    return jax.jit(fn, compiler_options=QUICK)
+
+
+@quick
+def _densify(frozen: Any, adapters: lora.Adapters) -> Any:
+    return densify(frozen, adapters)
+
+
+@quick
+def _to_adapters(frozen: Any, adapters: lora.Adapters, gradient: Any) -> lora.Adapters:
+    """From the gradient in the dense weights to that in the adapters."""
+    return jax.vjp(lambda a: densify(frozen, a), adapters)[1](gradient)[0]
+
+
+def _value_and_gradients(
+    f: Callable[..., Any], options: dict[str, Any] | None = None
+) -> Callable[..., Any]:
+    """The jitted function of (frozen, *args) that gives f's outputs and gradients by *args.
+
+    Gradients are those of the outputs' sum with fixed random weights; None for integers.
     """
-    got, want = (_value_and_gradients(f, args) for f in (actual, expected))
-    assert_close(got[0], want[0], rtol, "value")
-    assert_close(got[1], want[1], rtol, "gradient")
+
+    @functools.partial(jax.jit, compiler_options=options)
+    def run(frozen: Any, *args: Any) -> Any:
+        leaves, structure = jax.tree.flatten(args)
+        places = [i for i, leaf in enumerate(leaves) if jnp.issubdtype(leaf.dtype, jnp.floating)]
+
+        def loss(floating: list[jax.Array]) -> Any:
+            merged = list(leaves)
+            for i, leaf in zip(places, floating, strict=True):
+                merged[i] = leaf
+            out = f(frozen, *jax.tree.unflatten(structure, merged))
+            parts = [
+                jnp.vdot(normal(i, *y.shape), y.astype(jnp.float32))
+                for i, y in enumerate(jax.tree.leaves(out))
+                if jnp.issubdtype(y.dtype, jnp.floating)
+            ]
+            return jnp.sum(jnp.stack(parts)), out
+
+        gradients, out = jax.grad(loss, has_aux=True)([leaves[i] for i in places])
+        spread: list[Any] = [None] * len(leaves)
+        for i, gradient in zip(places, gradients, strict=True):
+            spread[i] = gradient
+        return out, jax.tree.unflatten(structure, spread)
+
+    return run
+
+
+def _assert_agree(got: Any, want: Any, rtol: float, which: str) -> None:
+    """Every gradient of the adapters must be non-zero, or the comparison would show nothing."""
+    assert_close(got[0], want[0], rtol, f"{which}: value")
+    assert_close(got[1], want[1], rtol, f"{which}: gradient")
     for path, gradient in named(want[1][0]).items():
         assert np.abs(np.asarray(gradient)).max() > 0, f"the oracle's gradient of {path} is zero"
-
-
-def _value_and_gradients(f: Callable[..., Any], args: tuple[Any, ...]) -> Any:
-    leaves, structure = jax.tree.flatten(args)
-    places = [i for i, leaf in enumerate(leaves) if jnp.issubdtype(leaf.dtype, jnp.floating)]
-
-    def loss(floating: list[jax.Array]) -> Any:
-        merged = list(leaves)
-        for i, leaf in zip(places, floating, strict=True):
-            merged[i] = leaf
-        out = f(*jax.tree.unflatten(structure, merged))
-        parts = [
-            jnp.vdot(normal(i, *y.shape), y.astype(jnp.float32))
-            for i, y in enumerate(jax.tree.leaves(out))
-            if jnp.issubdtype(y.dtype, jnp.floating)
-        ]
-        return jnp.sum(jnp.stack(parts)), out
-
-    gradients, out = jax.jit(jax.grad(loss, has_aux=True))([leaves[i] for i in places])
-    spread: list[Any] = [None] * len(leaves)
-    for i, gradient in zip(places, gradients, strict=True):
-        spread[i] = gradient
-    return out, jax.tree.unflatten(structure, spread)
 
 
 def assert_close(got: Any, want: Any, rtol: float, what: str) -> None:
@@ -195,21 +233,26 @@ def _is_jaxpr(x: Any) -> bool:
     return isinstance(x, Jaxpr | ClosedJaxpr)
 
 
+def results(eqn: JaxprEqn) -> list[Any]:
+    """The types of what an equation makes: their shape, size and dtype."""
+    return [var.aval for var in eqn.outvars]
+
+
 def float_sizes(jaxpr: Any) -> set[int]:
     """How many elements each floating array that any equation makes has."""
     return {
-        var.aval.size
+        aval.size
         for eqn in equations(jaxpr)
-        for var in eqn.outvars
-        if hasattr(var.aval, "dtype") and jnp.issubdtype(var.aval.dtype, jnp.floating)
+        for aval in results(eqn)
+        if hasattr(aval, "dtype") and jnp.issubdtype(aval.dtype, jnp.floating)
     }
 
 
 def shapes_made(jaxpr: Any) -> set[tuple[int, ...]]:
     """The shapes of all arrays that any equation makes."""
     return {
-        tuple(var.aval.shape)
+        tuple(aval.shape)
         for eqn in equations(jaxpr)
-        for var in eqn.outvars
-        if hasattr(var.aval, "shape")
+        for aval in results(eqn)
+        if hasattr(aval, "shape")
     }

@@ -17,35 +17,32 @@ X = normal(2, 5, 64)
 WITH_ADAPTERS = ("nf4", "dense")
 
 
-@pytest.mark.parametrize("base", WITH_ADAPTERS)
 @pytest.mark.parametrize("taken", (True, False))
-def test_cond_with_a_weight_as_operand(taken: bool, base: str) -> None:
+def test_cond_with_a_weight_as_operand(taken: bool) -> None:
     def fn(p: Any, x: jax.Array, flag: jax.Array) -> jax.Array:
         def yes(w: jax.Array, x: jax.Array) -> jax.Array:
             return jnp.tanh(x @ w)
 
         return jax.lax.cond(flag, yes, lambda w, x: x @ w.T, p["w"], x)
 
-    check(fn, BOTH, {"w": (1, 1)}, X, jnp.asarray(taken), base=base)
+    check(fn, BOTH, {"w": (1, 1)}, X, jnp.asarray(taken), bases=WITH_ADAPTERS)
 
 
-@pytest.mark.parametrize("base", WITH_ADAPTERS)
-def test_cond_with_a_weight_closed_over(base: str) -> None:
+def test_cond_with_a_weight_closed_over() -> None:
     """One branch uses the weight, the other does not."""
 
     def fn(p: Any, x: jax.Array, flag: jax.Array) -> jax.Array:
         return jax.lax.cond(flag, lambda: jnp.tanh(x @ p["w"]), lambda: x)
 
-    check(fn, BOTH, {"w": (1, 1)}, X, jnp.asarray(True), base=base)
+    check(fn, BOTH, {"w": (1, 1)}, X, jnp.asarray(True), bases=WITH_ADAPTERS)
 
 
-@pytest.mark.parametrize("base", WITH_ADAPTERS)
-def test_switch_between_weights(base: str) -> None:
+def test_switch_between_weights() -> None:
     def fn(p: Any, x: jax.Array, which: jax.Array) -> jax.Array:
         branches = [lambda x: x @ p["left"], lambda x: x @ p["right"], lambda x: x @ p["left"].T]
         return sum(jax.lax.switch(i, branches, x) for i in which)
 
-    check(fn, PARAMS, AXES, X, jnp.asarray([1, 0, 2]), base=base)
+    check(fn, PARAMS, AXES, X, jnp.asarray([1, 0, 2]), bases=WITH_ADAPTERS)
 
 
 @pytest.mark.parametrize("base", WITH_ADAPTERS)
@@ -109,16 +106,15 @@ def test_while_loop(base: str) -> None:
     assert_close(got[1], want[1], RTOL, "out")
 
 
-@pytest.mark.parametrize("base", WITH_ADAPTERS)
-def test_fori_loop(base: str) -> None:
+def test_fori_loop() -> None:
     def fn(p: Any, x: jax.Array) -> jax.Array:
         return jax.lax.fori_loop(0, 3, lambda i, x: jnp.tanh(x @ p["w"]), x)
 
-    check(fn, BOTH, {"w": (1, 1)}, X, base=base)
+    check(fn, BOTH, {"w": (1, 1)}, X, bases=WITH_ADAPTERS)
 
 
 def test_fori_loop_that_indexes_a_stack() -> None:
     def fn(p: Any, x: jax.Array) -> jax.Array:
         return jax.lax.fori_loop(0, 3, lambda i, x: jnp.tanh(x @ p["w"][i]), x)
 
-    check(fn, {"w": kernel(0, 3, 64, 64)}, {"w": (1, 1)}, X, base="nf4")
+    check(fn, {"w": kernel(0, 3, 64, 64)}, {"w": (1, 1)}, X, bases=("nf4",))

@@ -8,7 +8,7 @@ import pytest
 from flax import linen as nn
 from flax import nnx
 
-from tests.lift.oracle import check, kernel, normal
+from tests.lift.oracle import BASES, check, kernel, normal
 
 LAYERS, WIDTH = 3, 64
 WITH_ADAPTERS = ("nf4", "dense")
@@ -41,13 +41,12 @@ class LinenStack(nn.Module):
 LINEN_AXES = {"layers/up/kernel": (1, 2), "layers/down/kernel": (2, 1)}
 
 
-@pytest.mark.parametrize("base", WITH_ADAPTERS)
 @pytest.mark.parametrize("remat", (False, True))
-def test_linen_scan(remat: bool, base: str) -> None:
+def test_linen_scan(remat: bool) -> None:
     module, x = LinenStack(remat), normal(1, 2, 5, WIDTH)
     params = module.init(jax.random.key(0), x)["params"]
     assert params["layers"]["up"]["kernel"].shape == (LAYERS, WIDTH, 4, 24)
-    check(lambda p, x: module.apply({"params": p}, x), params, LINEN_AXES, x, base=base)
+    check(lambda p, x: module.apply({"params": p}, x), params, LINEN_AXES, x, bases=WITH_ADAPTERS)
 
 
 class NnxBlock(nnx.Module):
@@ -81,14 +80,13 @@ class NnxStack(nnx.Module):
 NNX_AXES = {"layers/up/kernel": (1, 1), "layers/down/kernel": (1, 1)}
 
 
-@pytest.mark.parametrize("base", WITH_ADAPTERS)
 @pytest.mark.parametrize("remat", (False, True))
-def test_nnx_scan(remat: bool, base: str) -> None:
+def test_nnx_scan(remat: bool) -> None:
     """nnx.scan and nnx.remat hand the layer's weights back as outputs: they must leave lazily."""
     graphdef, state = nnx.split(NnxStack(remat, nnx.Rngs(0)))
     params = nnx.to_pure_dict(state)
     x = normal(1, 2, 5, WIDTH)
-    check(lambda p, x: nnx.merge(graphdef, p)(x), params, NNX_AXES, x, base=base)
+    check(lambda p, x: nnx.merge(graphdef, p)(x), params, NNX_AXES, x, bases=WITH_ADAPTERS)
 
 
 STACK = {"up": kernel(0, LAYERS, WIDTH, 96), "down": kernel(1, LAYERS, 96, WIDTH)}
@@ -99,17 +97,15 @@ def layer(x: jax.Array, w: Any) -> jax.Array:
     return x + jnp.tanh(x @ w["up"]) @ w["down"]
 
 
-@pytest.mark.parametrize("base", ("nf4", "dense", "frozen"))
 @pytest.mark.parametrize("options", ({}, {"reverse": True}, {"unroll": 2}), ids=str)
-def test_scan_over_weights(options: dict[str, Any], base: str) -> None:
+def test_scan_over_weights(options: dict[str, Any]) -> None:
     def fn(p: Any, x: jax.Array) -> jax.Array:
         return jax.lax.scan(lambda x, w: (layer(x, w), None), x, p, **options)[0]
 
-    check(fn, STACK, STACK_AXES, normal(2, 5, WIDTH), base=base)
+    check(fn, STACK, STACK_AXES, normal(2, 5, WIDTH), bases=BASES)
 
 
-@pytest.mark.parametrize("base", WITH_ADAPTERS)
-def test_scan_over_inputs_with_a_constant_weight(base: str) -> None:
+def test_scan_over_inputs_with_a_constant_weight() -> None:
     """A recurrence: the weights are constants of the loop, the inputs its xs, the states its ys."""
     params = {"inward": kernel(0, 64, 96), "across": kernel(1, 96, 96)}
 
@@ -120,63 +116,61 @@ def test_scan_over_inputs_with_a_constant_weight(base: str) -> None:
 
         return jax.lax.scan(step, jnp.zeros(96), xs)
 
-    check(fn, params, {"inward": (1, 1), "across": (1, 1)}, normal(2, 4, 64), base=base)
+    check(fn, params, {"inward": (1, 1), "across": (1, 1)}, normal(2, 4, 64), bases=WITH_ADAPTERS)
 
 
-@pytest.mark.parametrize("base", WITH_ADAPTERS)
-def test_scan_with_weights_as_constant_and_as_xs(base: str) -> None:
+def test_scan_with_weights_as_constant_and_as_xs() -> None:
     def fn(p: Any, x: jax.Array) -> jax.Array:
         shared = p["shared"]
         return jax.lax.scan(lambda x, w: (jnp.tanh(x @ w + x @ shared), None), x, p["stack"])[0]
 
     params = {"shared": kernel(0, 64, 64), "stack": kernel(1, LAYERS, 64, 64)}
-    check(fn, params, {"shared": (1, 1), "stack": (1, 1)}, normal(2, 5, 64), base=base)
+    check(fn, params, {"shared": (1, 1), "stack": (1, 1)}, normal(2, 5, 64), bases=WITH_ADAPTERS)
 
 
-@pytest.mark.parametrize("base", WITH_ADAPTERS)
-def test_nested_scans(base: str) -> None:
+def test_nested_scans() -> None:
     def fn(p: Any, x: jax.Array) -> jax.Array:
         def group(x: jax.Array, w: jax.Array) -> tuple[jax.Array, None]:
             return jax.lax.scan(lambda x, w: (jnp.tanh(x @ w), None), x, w)
 
         return jax.lax.scan(group, x, p["w"])[0]
 
-    check(fn, {"w": kernel(0, 2, 3, 64, 64)}, {"w": (1, 1)}, normal(2, 5, 64), base=base)
+    check(fn, {"w": kernel(0, 2, 3, 64, 64)}, {"w": (1, 1)}, normal(2, 5, 64), bases=WITH_ADAPTERS)
 
 
-@pytest.mark.parametrize("base", WITH_ADAPTERS)
-def test_weights_leave_a_scan_and_enter_another(base: str) -> None:
+def test_weights_leave_a_scan_and_enter_another() -> None:
     """ys that are the weights themselves stay lazy, and may be consumed afterwards."""
 
     def fn(p: Any, x: jax.Array) -> jax.Array:
         x, again = jax.lax.scan(lambda x, w: (jnp.tanh(x @ w), w), x, p["w"])
         return jax.lax.scan(lambda x, w: (jnp.tanh(x @ w), None), x, again)[0]
 
-    check(fn, {"w": kernel(0, LAYERS, 64, 64)}, {"w": (1, 1)}, normal(2, 5, 64), base=base)
+    check(
+        fn, {"w": kernel(0, LAYERS, 64, 64)}, {"w": (1, 1)}, normal(2, 5, 64), bases=WITH_ADAPTERS
+    )
 
 
-@pytest.mark.parametrize("base", WITH_ADAPTERS)
-def test_cast_and_transposed_stack_is_scanned(base: str) -> None:
+def test_cast_and_transposed_stack_is_scanned() -> None:
     """The whole stack is transposed and reshaped before the loop slices it."""
 
     def fn(p: Any, x: jax.Array) -> jax.Array:
         stack = jnp.swapaxes(p["w"].astype(jnp.float32), -1, -2)
         return jax.lax.scan(lambda x, w: (jnp.tanh(x @ w.T), None), x, stack)[0]
 
-    check(fn, {"w": kernel(0, LAYERS, 64, 64)}, {"w": (1, 1)}, normal(2, 5, 64), base=base)
+    check(
+        fn, {"w": kernel(0, LAYERS, 64, 64)}, {"w": (1, 1)}, normal(2, 5, 64), bases=WITH_ADAPTERS
+    )
 
 
-@pytest.mark.parametrize("base", WITH_ADAPTERS)
-def test_scan_of_remat_of_lax(base: str) -> None:
+def test_scan_of_remat_of_lax() -> None:
     def fn(p: Any, x: jax.Array) -> jax.Array:
         step = jax.checkpoint(lambda x, w: (layer(x, w), None), prevent_cse=False)
         return jax.lax.scan(step, x, p)[0]
 
-    check(fn, STACK, STACK_AXES, normal(2, 5, WIDTH), base=base)
+    check(fn, STACK, STACK_AXES, normal(2, 5, WIDTH), bases=WITH_ADAPTERS)
 
 
-@pytest.mark.parametrize("base", WITH_ADAPTERS)
-def test_weight_in_the_carry(base: str) -> None:
+def test_weight_in_the_carry() -> None:
     """A weight that a loop carries along is right, lazily or made dense."""
 
     def fn(p: Any, x: jax.Array) -> jax.Array:
@@ -186,4 +180,11 @@ def test_weight_in_the_carry(base: str) -> None:
 
         return jax.lax.fori_loop(0, 3, body, (x, p["w"]))[0]
 
-    check(fn, {"w": kernel(0, 64, 64)}, {"w": (1, 1)}, normal(2, 5, 64), base=base, strict=False)
+    check(
+        fn,
+        {"w": kernel(0, 64, 64)},
+        {"w": (1, 1)},
+        normal(2, 5, 64),
+        bases=WITH_ADAPTERS,
+        strict=False,
+    )

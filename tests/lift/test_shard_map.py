@@ -35,28 +35,25 @@ def mesh() -> jax.sharding.Mesh:
     return jax.make_mesh((DEVICES,), ("m",), axis_types=(jax.sharding.AxisType.Auto,))
 
 
-@pytest.mark.parametrize("base", BASES)
-def test_replicated_weights_sharded_batch(mesh: Any, base: str) -> None:
+def test_replicated_weights_sharded_batch(mesh: Any) -> None:
     def fn(p: Any, x: jax.Array) -> jax.Array:
         run = lambda w, x: jnp.tanh(x @ w)  # noqa: E731
         return jax.shard_map(run, mesh=mesh, in_specs=(P(), P("m")), out_specs=P("m"))(p["w"], x)
 
-    check(fn, COLUMNS, AXES, normal(1, 16, 64), base=base)
+    check(fn, COLUMNS, AXES, normal(1, 16, 64), bases=BASES)
 
 
-@pytest.mark.parametrize("base", BASES)
-def test_mean_over_a_sharded_batch(mesh: Any, base: str) -> None:
+def test_mean_over_a_sharded_batch(mesh: Any) -> None:
     def fn(p: Any, x: jax.Array) -> jax.Array:
         def run(w: jax.Array, x: jax.Array) -> jax.Array:
             return jax.lax.pmean(jnp.mean(jnp.tanh(x @ w)), "m")
 
         return jax.shard_map(run, mesh=mesh, in_specs=(P(), P("m")), out_specs=P())(p["w"], x)
 
-    check(fn, COLUMNS, AXES, normal(1, 16, 64), base=base)
+    check(fn, COLUMNS, AXES, normal(1, 16, 64), bases=BASES)
 
 
-@pytest.mark.parametrize("base", BASES)
-def test_column_parallel(mesh: Any, base: str) -> None:
+def test_column_parallel(mesh: Any) -> None:
     """W sharded along N."""
 
     def fn(p: Any, x: jax.Array) -> jax.Array:
@@ -64,11 +61,10 @@ def test_column_parallel(mesh: Any, base: str) -> None:
         run = lambda w, x: jnp.tanh(x @ w)  # noqa: E731
         return jax.shard_map(run, mesh=mesh, in_specs=specs, out_specs=P(None, "m"))(p["w"], x)
 
-    check(fn, COLUMNS, AXES, normal(1, 5, 64), base=base)
+    check(fn, COLUMNS, AXES, normal(1, 5, 64), bases=BASES)
 
 
-@pytest.mark.parametrize("base", BASES)
-def test_row_parallel(mesh: Any, base: str) -> None:
+def test_row_parallel(mesh: Any) -> None:
     """W sharded along K in whole blocks; the partial products are summed."""
 
     def fn(p: Any, x: jax.Array) -> jax.Array:
@@ -76,11 +72,10 @@ def test_row_parallel(mesh: Any, base: str) -> None:
         run = lambda w, x: jax.lax.psum(x @ w, "m")  # noqa: E731
         return jax.shard_map(run, mesh=mesh, in_specs=specs, out_specs=P())(p["w"], x)
 
-    check(fn, ROWS, AXES, normal(1, 5, 512), base=base)
+    check(fn, ROWS, AXES, normal(1, 5, 512), bases=BASES)
 
 
-@pytest.mark.parametrize("base", ("nf4", "dense"))
-def test_tensor_parallel_mlp_under_scan(mesh: Any, base: str) -> None:
+def test_tensor_parallel_mlp_under_scan(mesh: Any) -> None:
     """Stacked layers, column- then row-parallel, the loop inside the shard_map."""
     params = {"up": kernel(0, 2, 64, 512), "down": kernel(1, 2, 512, 64)}
     specs = {"up": P(None, None, "m"), "down": P(None, "m", None)}
@@ -94,11 +89,10 @@ def test_tensor_parallel_mlp_under_scan(mesh: Any, base: str) -> None:
 
         return jax.shard_map(run, mesh=mesh, in_specs=(specs, P()), out_specs=P())(p, x)
 
-    check(fn, params, {"up": (1, 1), "down": (1, 1)}, normal(2, 5, 64), base=base)
+    check(fn, params, {"up": (1, 1), "down": (1, 1)}, normal(2, 5, 64), bases=("nf4", "dense"))
 
 
-@pytest.mark.parametrize("base", ("nf4", "dense"))
-def test_scan_around_shard_map(mesh: Any, base: str) -> None:
+def test_scan_around_shard_map(mesh: Any) -> None:
     def fn(p: Any, x: jax.Array) -> jax.Array:
         part = jax.shard_map(
             lambda w, x: jax.lax.psum(x @ w, "m"),
@@ -108,11 +102,10 @@ def test_scan_around_shard_map(mesh: Any, base: str) -> None:
         )
         return jax.lax.scan(lambda x, w: (jnp.tanh(part(w, x)), None), x, p["w"])[0]
 
-    check(fn, {"w": kernel(0, 2, 512, 512)}, AXES, normal(1, 5, 512), base=base)
+    check(fn, {"w": kernel(0, 2, 512, 512)}, AXES, normal(1, 5, 512), bases=("nf4", "dense"))
 
 
-@pytest.mark.parametrize("base", ("nf4", "dense"))
-def test_sharded_stack(mesh: Any, base: str) -> None:
+def test_sharded_stack(mesh: Any) -> None:
     """Experts: every device holds some of the stacked weights."""
 
     def fn(p: Any, x: jax.Array) -> jax.Array:
@@ -120,11 +113,10 @@ def test_sharded_stack(mesh: Any, base: str) -> None:
         specs = (P("m"), P("m"))
         return jax.shard_map(run, mesh=mesh, in_specs=specs, out_specs=P("m"))(p["w"], x)
 
-    check(fn, {"w": kernel(0, 16, 64, 40)}, AXES, normal(1, 16, 5, 64), base=base)
+    check(fn, {"w": kernel(0, 16, 64, 40)}, AXES, normal(1, 16, 5, 64), bases=("nf4", "dense"))
 
 
-@pytest.mark.parametrize("base", ("nf4", "dense"))
-def test_heads_sharded(mesh: Any, base: str) -> None:
+def test_heads_sharded(mesh: Any) -> None:
     """A kernel [D, H, Dh] sharded by heads."""
     params = {"w": kernel(0, 64, 8, 16)}
 
@@ -133,11 +125,10 @@ def test_heads_sharded(mesh: Any, base: str) -> None:
         specs = (P(None, "m"), P())
         return jax.shard_map(run, mesh=mesh, in_specs=specs, out_specs=P("m"))(p["w"], x)
 
-    check(fn, params, {"w": (1, 2)}, normal(1, 5, 64), base=base)
+    check(fn, params, {"w": (1, 2)}, normal(1, 5, 64), bases=("nf4", "dense"))
 
 
-@pytest.mark.parametrize("base", ("nf4", "dense"))
-def test_two_mesh_axes(base: str) -> None:
+def test_two_mesh_axes() -> None:
     """Data parallel over one axis, tensor parallel over the other."""
     mesh = jax.make_mesh((2, 4), ("d", "m"), axis_types=(jax.sharding.AxisType.Auto,) * 2)
 
@@ -146,7 +137,7 @@ def test_two_mesh_axes(base: str) -> None:
         specs = (P(None, "m"), P("d"))
         return jax.shard_map(run, mesh=mesh, in_specs=specs, out_specs=P("d", "m"))(p["w"], x)
 
-    check(fn, COLUMNS, AXES, normal(1, 4, 64), base=base)
+    check(fn, COLUMNS, AXES, normal(1, 4, 64), bases=("nf4", "dense"))
 
 
 def test_blocks_that_devices_would_share(mesh: Any) -> None:
@@ -157,7 +148,7 @@ def test_blocks_that_devices_would_share(mesh: Any) -> None:
         run = lambda w, x: jax.lax.psum(x @ w, "m")  # noqa: E731
         return jax.shard_map(run, mesh=mesh, in_specs=specs, out_specs=P())(p["w"], x)
 
-    check(fn, {"w": kernel(0, 192, 40)}, AXES, normal(1, 5, 192), base="nf4", strict=False)
+    check(fn, {"w": kernel(0, 192, 40)}, AXES, normal(1, 5, 192), bases=("nf4",), strict=False)
 
 
 def test_codes_stay_sharded(mesh: Any) -> None:
@@ -194,15 +185,14 @@ def test_shard_map_around_a_lifted_function(mesh: Any, base: str) -> None:
     )
 
 
-@pytest.mark.parametrize("base", ("nf4", "dense"))
-def test_sharding_constraints(mesh: Any, base: str) -> None:
+def test_sharding_constraints(mesh: Any) -> None:
     """Constraints on weights and activations inside the function, the compiler doing the rest."""
 
     def fn(p: Any, x: jax.Array) -> jax.Array:
         w = jax.lax.with_sharding_constraint(p["w"], NamedSharding(mesh, P(None, "m")))
         return jax.lax.with_sharding_constraint(x @ w, NamedSharding(mesh, P(None, "m")))
 
-    check(fn, COLUMNS, AXES, normal(1, 5, 64), base=base)
+    check(fn, COLUMNS, AXES, normal(1, 5, 64), bases=("nf4", "dense"))
 
 
 def test_weights_placed_on_the_mesh(mesh: Any) -> None:

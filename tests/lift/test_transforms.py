@@ -33,8 +33,7 @@ def mlp(p: Any, x: jax.Array) -> jax.Array:
     return jnp.tanh(x @ p["up"]) @ p["down"]
 
 
-@pytest.mark.parametrize("base", WITH_ADAPTERS)
-def test_jit_inside(base: str) -> None:
+def test_jit_inside() -> None:
     @jax.jit
     def up(w: jax.Array, x: jax.Array) -> jax.Array:
         return jnp.tanh(x @ w)
@@ -45,11 +44,10 @@ def test_jit_inside(base: str) -> None:
             x = up(p["up"], x) @ p["down"]
         return x
 
-    check(lambda p, x: outer(p, x, times=2), PARAMS, AXES, X, base=base)
+    check(lambda p, x: outer(p, x, times=2), PARAMS, AXES, X, bases=WITH_ADAPTERS)
 
 
-@pytest.mark.parametrize("base", WITH_ADAPTERS)
-def test_weight_returned_from_jit(base: str) -> None:
+def test_weight_returned_from_jit() -> None:
     @jax.jit
     def prepared(p: Any) -> Any:
         return p["up"].astype(jnp.float32), p["down"].T
@@ -58,11 +56,10 @@ def test_weight_returned_from_jit(base: str) -> None:
         up, down = prepared(p)
         return jnp.tanh(x @ up) @ down.T
 
-    check(fn, PARAMS, AXES, X, base=base)
+    check(fn, PARAMS, AXES, X, bases=WITH_ADAPTERS)
 
 
-@pytest.mark.parametrize("base", WITH_ADAPTERS)
-def test_one_jitted_function_with_weights_of_two_kinds(base: str) -> None:
+def test_one_jitted_function_with_weights_of_two_kinds() -> None:
     """Called with a 4-bit weight, then with a dense one of the same shape."""
     params = {"w": kernel(0, 64, 64), "plain": kernel(1, 64, 64)}
 
@@ -70,19 +67,17 @@ def test_one_jitted_function_with_weights_of_two_kinds(base: str) -> None:
     def f(w: jax.Array, x: jax.Array) -> jax.Array:
         return jnp.tanh(x @ w)
 
-    check(lambda p, x: f(p["plain"], f(p["w"], x)), params, {"w": (1, 1)}, X, base=base)
+    check(lambda p, x: f(p["plain"], f(p["w"], x)), params, {"w": (1, 1)}, X, bases=WITH_ADAPTERS)
 
 
-@pytest.mark.parametrize("base", WITH_ADAPTERS)
-def test_vmap_inside_over_the_batch(base: str) -> None:
-    check(lambda p, x: jax.vmap(lambda x: mlp(p, x))(x), PARAMS, AXES, BATCH, base=base)
+def test_vmap_inside_over_the_batch() -> None:
+    check(lambda p, x: jax.vmap(lambda x: mlp(p, x))(x), PARAMS, AXES, BATCH, bases=WITH_ADAPTERS)
 
 
-@pytest.mark.parametrize("base", WITH_ADAPTERS)
-def test_vmap_inside_over_stacked_weights(base: str) -> None:
+def test_vmap_inside_over_stacked_weights() -> None:
     stack = {"w": kernel(0, 4, 64, 96)}
     fn = lambda p, x: jax.vmap(lambda w, x: jnp.tanh(x @ w))(p["w"], x)  # noqa: E731
-    check(fn, stack, {"w": (1, 1)}, BATCH, base=base)
+    check(fn, stack, {"w": (1, 1)}, BATCH, bases=WITH_ADAPTERS)
 
 
 @pytest.mark.parametrize("base", ("nf4", "dense", "frozen"))
@@ -187,7 +182,7 @@ def test_second_call_does_not_trace_again() -> None:
 def test_lift_within_jit_within_lift() -> None:
     """A lifted function that is given dense tracers, or calls another lifted one, is harmless."""
     inner = jax.jit(lift(mlp, strict=True))
-    check(lambda p, x: inner(p, jnp.sin(x)), PARAMS, AXES, X, base="nf4")
+    check(lambda p, x: inner(p, jnp.sin(x)), PARAMS, AXES, X, bases=("nf4",))
 
 
 def test_equations_without_weights_are_kept() -> None:
