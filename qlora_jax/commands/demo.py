@@ -1,6 +1,7 @@
 """`qlora-jax demo`: the whole way, from a checkpoint to a trained adapter, on this machine."""
 
 import dataclasses
+import itertools
 import time
 from pathlib import Path
 
@@ -27,8 +28,9 @@ class Demo:
     sentences, names, items and cities that do not occur in training.
     """
 
-    output: Path = Path("demo-output")
-    """Folder for the adapter (PEFT's format), metrics.jsonl and loss.png."""
+    output: Path | None = None
+    """Folder for the adapter (PEFT's format), metrics.jsonl and loss.png; None: the first of
+    demo-output, demo-output-2, ... that has none yet."""
     model: str | None = None
     """Another model: a folder, a .gguf file or a name on the Hugging Face hub."""
     training: TrainSettings = TrainSettings(
@@ -46,8 +48,9 @@ class Demo:
             from rich.table import Table
         except ModuleNotFoundError as error:
             raise missing("rich", "the demo's tables", "cli") from error
-        if (self.output / peft.WEIGHTS).exists():
-            raise QloraError(f"{self.output}: has an adapter already; choose another --output")
+        output = self.output or _free_folder()
+        if (output / peft.WEIGHTS).exists():
+            raise QloraError(f"{output}: has an adapter already; choose another --output")
         console = Console(highlight=False)
         source = self.model or smollm2.find()
         started = time.perf_counter()
@@ -73,7 +76,7 @@ class Demo:
         console.print(
             f"training {lora.count(adapters):,} parameters on {train} (Ctrl-C ends it early)"
         )
-        result = fit(model, self.lora, train, self.training, self.output, adapters=adapters)
+        result = fit(model, self.lora, train, self.training, output, adapters=adapters)
         console.print(f"answering the {len(test)} held-out notes again ...")
         after = answers(lora.attach(model.params, result.adapters))
 
@@ -89,13 +92,18 @@ class Demo:
             f"exact match on {len(test)} held-out notes: {scores[0]:.0%} -> {scores[1]:.0%}"
         )
         console.print(
-            f"In {self.output}: the adapter (PEFT loads it), metrics.jsonl and loss.png. Next:\n"
-            f"  qlora-jax chat --model {source} --adapter {self.output}\n"
-            f"  qlora-jax merge --model {source} --adapter {self.output} --output merged\n"
+            f"In {output}: the adapter (PEFT loads it), metrics.jsonl and loss.png. Next:\n"
+            f"  qlora-jax chat --model {source} --adapter {output}\n"
+            f"  qlora-jax merge --model {source} --adapter {output} --output merged\n"
             "  qlora-jax train --help    # with data of your own",
             markup=False,
             soft_wrap=True,
         )
+
+
+def _free_folder() -> Path:
+    names = itertools.chain(["demo-output"], (f"demo-output-{n}" for n in itertools.count(2)))
+    return next(path for path in map(Path, names) if not (path / peft.WEIGHTS).exists())
 
 
 def _shortened(text: str, length: int = 200) -> str:

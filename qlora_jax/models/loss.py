@@ -114,4 +114,4 @@ def _token_losses(logits: jax.Array, target: jax.Array) -> tuple[jax.Array, jax.
     at_target = jnp.take_along_axis(logits, target[:, None], axis=-1, mode="promise_in_bounds")
     losses = (jnp.log(total) + top - at_target)[:, 0]
     is_target = jnp.arange(logits.shape[-1]) == target[:, None]
-    return losses, weights / total - is_target
+    return losses, weights / total - is_target.astype(jnp.float32)

@@ -8,7 +8,7 @@ import pytest
 
 from qlora_jax import lora
 from qlora_jax.lift import lift
-from tests.lift.oracle import equations, kernel, normal, prepare, shapes_made
+from tests.lift.oracle import equations, float_sizes, kernel, normal, prepare, results, shapes_made
 
 LAYERS, K, N = 6, 64, 128
 PARAMS = {"up": kernel(0, LAYERS, K, N), "down": kernel(1, LAYERS, N, K)}
@@ -37,12 +37,12 @@ def loss_of(fn: Any, frozen: Any) -> Any:
 def stacked_floats(jaxpr: Any) -> list[Any]:
     """Floating arrays as large as a whole stack of dense weights."""
     return [
-        var.aval
+        aval
         for eqn in equations(jaxpr)
-        for var in eqn.outvars
-        if hasattr(var.aval, "dtype")
-        and jnp.issubdtype(var.aval.dtype, jnp.floating)
-        and var.aval.size >= LAYERS * K * N
+        for aval in results(eqn)
+        if hasattr(aval, "dtype")
+        and jnp.issubdtype(aval.dtype, jnp.floating)
+        and aval.size >= LAYERS * K * N
     ]
 
 
@@ -60,11 +60,11 @@ def test_backward_pass_keeps_no_copy_of_the_codes(fn: Any) -> None:
     frozen, adapters = prepare(PARAMS, AXES, "nf4")
     jaxpr = jax.make_jaxpr(jax.grad(loss_of(fn, frozen)))(adapters, X)
     made = [
-        var.aval
+        aval
         for eqn in equations(jaxpr)
         if eqn.primitive.name == "scan"
-        for var in eqn.outvars
-        if var.aval.dtype == jnp.uint8
+        for aval in results(eqn)
+        if aval.dtype == jnp.uint8
     ]
     assert not made, made
 
@@ -82,7 +82,9 @@ def test_compiled_step_needs_less_than_one_dense_stack() -> None:
 
     step = jax.jit(jax.grad(loss)).lower(adapters, frozen, normal(2, 4, width)).compile()
     dense_stack = layers * width * width * 4
-    assert step.memory_analysis().temp_size_in_bytes < dense_stack / 2
+    analysis = step.memory_analysis()
+    assert analysis is not None
+    assert analysis.temp_size_in_bytes < dense_stack / 2
 
 
 @pytest.mark.parametrize("base", ("nf4", "dense"))
@@ -92,7 +94,7 @@ def test_no_gradient_of_the_frozen_weight(fn: Any, base: str) -> None:
     frozen, adapters = prepare(PARAMS, AXES, base)
     jaxpr = jax.make_jaxpr(jax.grad(loss_of(fn, frozen), argnums=(0, 1)))(adapters, X)
     products = {
-        tuple(eqn.outvars[0].aval.shape)
+        tuple(results(eqn)[0].shape)
         for eqn in equations(jaxpr)
         if eqn.primitive.name == "dot_general"
     }
@@ -119,12 +121,7 @@ def test_lookup_decodes_only_the_rows_asked_for() -> None:
     fn = lift(lambda p, ids: p["table"][ids], strict=True)
     ids = jnp.asarray([[1, 2, 3], [500, 5, 0]])
     jaxpr = jax.make_jaxpr(fn)(lora.attach(frozen, adapters), ids)
-    largest = max(
-        var.aval.size
-        for eqn in equations(jaxpr)
-        for var in eqn.outvars
-        if jnp.issubdtype(var.aval.dtype, jnp.floating)
-    )
+    largest = max(float_sizes(jaxpr))
     assert largest <= max(ids.size * 64, 512 // 64 * 64)
 
 

@@ -20,6 +20,7 @@ from tests.lift.oracle import (
     kernel,
     normal,
     prepare,
+    results,
 )
 
 DEVICES = 8
@@ -163,9 +164,7 @@ def test_codes_stay_sharded(mesh: Any) -> None:
     jaxpr = jax.make_jaxpr(lift(fn, strict=True))(lora.attach(frozen, adapters), normal(1, 5, 64))
     (inner,) = [eqn for eqn in equations(jaxpr) if "shard_map" in eqn.primitive.name]
     sizes = {
-        (var.aval.dtype, var.aval.size)
-        for eqn in equations(inner.params["jaxpr"])
-        for var in eqn.outvars
+        (aval.dtype, aval.size) for eqn in equations(inner.params["jaxpr"]) for aval in results(eqn)
     }
     assert max(size for _, size in sizes) <= 64 * 128 // DEVICES
 

@@ -1,0 +1,100 @@
+"""The Llama family by itself; that its logits are transformers' is shown in tests/parity."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import qlora_jax as qj
+from qlora_jax.models import Cache, LlamaConfig, attention, llama
+
+BASE = {
+    "vocab_size": 50,
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+}
+FAMILIES = {
+    "llama": {"rope_theta": 5e5, "attention_bias": True, "mlp_bias": True},
+    "mistral": {"sliding_window": 5},
+    "qwen2": {"use_sliding_window": True, "sliding_window": 5, "max_window_layers": 1},
+    "qwen3": {"head_dim": 16, "tie_word_embeddings": True, "eos_token_id": [1, 2]},
+}
+
+
+def config(family: str) -> LlamaConfig:
+    return LlamaConfig.from_hf({"model_type": family, **BASE, **FAMILIES[family]})
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_configuration_survives_its_file(family):
+    assert LlamaConfig.from_hf(config(family).to_hf()) == config(family)
+
+
+@pytest.mark.parametrize("family", ["mistral", "qwen2"])
+def test_windows_and_blocks_against_one_mask(family, monkeypatch):
+    """Every query of every layer attends to what the plain rule says, in blocks of any size."""
+    full = config(family)
+    params = llama.init_params(full, jax.random.key(0))
+    params = jax.tree.map(lambda x: 3 * x, params)
+    ids = jax.random.randint(jax.random.key(1), (2, 20), 0, 50)
+    whole = llama.apply(full, params, ids)[0]
+    monkeypatch.setattr(attention, "BLOCK", 4)
+    np.testing.assert_allclose(llama.apply(full, params, ids)[0], whole, rtol=0, atol=2e-5)
+    wide = dataclasses.replace(full, sliding_window=20)
+    assert float(jnp.abs(llama.apply(wide, params, ids)[0] - whole)[:, :5].max()) < 2e-5
+    assert float(jnp.abs(llama.apply(wide, params, ids)[0] - whole)[:, 5:].max()) > 1e-3
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_padding_and_the_cache_change_nothing(family):
+    full = config(family)
+    params = jax.tree.map(lambda x: 3 * x, llama.init_params(full, jax.random.key(0)))
+    ids = jax.random.randint(jax.random.key(1), (2, 12), 0, 50)
+    plain = llama.apply(full, params, ids)[0]
+
+    padded = jnp.pad(ids, [(0, 0), (4, 3)])
+    mask = jnp.pad(jnp.ones_like(ids), [(0, 0), (4, 3)])
+    found = llama.apply(full, params, padded, attention_mask=mask)[0][:, 4:-3]
+    np.testing.assert_allclose(found, plain, rtol=0, atol=2e-5)
+
+    cache = Cache.create(full, 2, 20)
+    parts = []
+    for start, stop in ((0, 7), (7, 8), (8, 12)):
+        logits, cache = llama.apply(full, params, ids[:, start:stop], cache=cache)
+        parts.append(logits)
+    np.testing.assert_allclose(jnp.concatenate(parts, 1), plain, rtol=0, atol=2e-5)
+    with pytest.raises(ValueError, match="20 slots, 12 in use: no room for 9"):
+        llama.apply(full, params, jnp.zeros((2, 9), jnp.int32), cache=cache)
+
+
+def test_remat_changes_nothing():
+    full = config("llama")
+    params = llama.init_params(full, jax.random.key(0))
+    ids = jax.random.randint(jax.random.key(1), (2, 12), 0, 50)
+
+    def total(params, remat):
+        return jnp.sum(llama.apply(full, params, ids, remat=remat)[0] ** 2)
+
+    one, two = (jax.grad(total)(params, remat) for remat in (False, True))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4), one, two)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"num_key_value_heads": 3}, "not a multiple of num_key_value_heads 3"),
+        ({"head_dim": 7}, "head_dim 7 is odd"),
+        ({"num_hidden_layers": None}, r"lacks \['num_hidden_layers'\]"),
+        ({"partial_rotary_factor": 0.5}, "partial_rotary_factor 0.5"),
+        ({"rope_scaling": {"rope_type": "linear"}}, r"'linear' lacks \['factor'\]"),
+        ({"rope_scaling": {"rope_type": "llama3", "odd": 1}}, r"do not know: \['odd'\]"),
+    ],
+)
+def test_configurations_that_make_no_sense(changes, message):
+    with pytest.raises(qj.QloraError, match=message):
+        LlamaConfig.from_hf({"model_type": "llama", **BASE, **changes})
