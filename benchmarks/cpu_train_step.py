@@ -5,7 +5,7 @@
 Every contender runs in a process of its own, in turn, `rounds` times, so that a slow minute of the
 machine hits all of them. Rank 16 on every linear weight but the head, AdamW, gradients clipped,
 fp32, every token labelled, no rematerialization. Seconds are medians of all steps after the
-warm-up; memory is the peak of the resident set of the whole process, loading included (Linux). The last
+warm-up; memory is the peak resident set of the whole process, loading included (Linux). The last
 column is the share of this machine's own fp32 matmul rate (2048^3, jnp.matmul) that the step's
 matmuls with weights reach.
 

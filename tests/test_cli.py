@@ -193,7 +193,7 @@ def test_bad_settings_files(folder, tmp_path, capsys):
 @pytest.mark.parametrize("path", sorted(EXAMPLES.glob("*.yaml")), ids=lambda path: path.name)
 def test_the_examples_settings_are_settings(path, capsys, monkeypatch):
     ran = []
-    monkeypatch.setattr(Train, "run", ran.append)
+    monkeypatch.setattr(Train, "run", lambda self: ran.append(self))
     run("train", "--config", path)
     assert ran[0].output.name == path.stem
 

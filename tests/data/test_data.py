@@ -107,7 +107,7 @@ def test_generation_starts_where_training_did(tokenizer):
 def test_a_template_that_rewrites_the_past_is_refused(tokenizer, monkeypatch):
     template = "{{ messages | length }}{% for m in messages %}{{ m.content }}{% endfor %}"
     monkeypatch.setattr(tokenizer, "chat_template", template)
-    with pytest.raises(qj.QloraError, match="does not keep the text before message 2"):
+    with pytest.raises(qj.QloraError, match="before message 2 are no prefix of the whole"):
         tokenize(rows_to_examples([{"messages": CHAT}], "here"), tokenizer, 512)
 
 

@@ -13,6 +13,7 @@ from qlora_jax.data import batches
 from tests.training import models
 
 CONFIG = qj.LoraConfig(rank=4, alpha=8)
+pytestmark = pytest.mark.standard_promotion  # optax.adamw
 
 
 def batch(size: int = 4) -> dict[str, Any]:
@@ -37,7 +38,7 @@ def test_it_learns_and_leaves_the_base_alone():
     for _ in range(20):
         s, metrics = step(s, model.params, batch())
         losses.append(float(metrics["loss"]))
-    assert losses[-1] < 0.5 * losses[0]
+    assert losses[-1] < losses[0] - 0.5
     assert int(s.step) == 20
     assert jax.tree.all(jax.tree.map(lambda x, y: bool((x == y).all()), before, model.params))
 
