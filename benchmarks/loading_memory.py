@@ -5,7 +5,7 @@
 A random bf16 checkpoint of that size is written to a temporary folder and loaded in a process of
 its own, by us and, where PEFT's packages are installed, by transformers + bitsandbytes. Counted is
 anonymous memory (RssAnon; pages of the mapped file are the kernel's to drop) above what the process
-had before, after a first load of a one-layer model of the same widths. Linux only.
+had before, at the second load: at the first, the compiler's own memory would be in it. Linux only.
 """
 
 import argparse
@@ -119,7 +119,7 @@ kept: Any = None
 def child(job: dict[str, Any]) -> dict[str, int]:
     global kept
     load = load_peer if job["contender"] == PEER else load_ours
-    load(job["warm"])
+    load(job["model"])
     kept = None
     gc.collect()
     ctypes.CDLL(None).malloc_trim(0)
@@ -144,15 +144,14 @@ def main() -> None:
         contenders.append(PEER)
     largest = 2 * max(options.vocabulary, 11 * options.hidden // 4) * options.hidden
     with tempfile.TemporaryDirectory() as work:
-        warm, model = Path(work) / "warm", Path(work) / "model"
-        write(warm, 1, options.hidden, options.vocabulary)
+        model = Path(work) / "model"
         write(model, options.layers, options.hidden, options.vocabulary)
         total = sum(file.stat().st_size for file in model.glob("*.safetensors"))
         print(f"checkpoint {total / 1e6:.0f} MB, largest tensor {largest / 1e6:.0f} MB\n")
         print("| loaded by | result, MB | peak while loading, MB | above the result, in tensors |")
         print("|---|---|---|---|")
         for contender in contenders:
-            job = {"contender": contender, "warm": str(warm), "model": str(model)}
+            job = {"contender": contender, "model": str(model)}
             command = [sys.executable, "-m", "benchmarks.loading_memory", "--child"]
             done = subprocess.run(
                 [*command, json.dumps(job)], stdout=subprocess.PIPE, text=True, check=True

@@ -6,7 +6,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax.typing import DTypeLike
 
 from qlora_jax.checkpoints import quantized, tokenizer
@@ -108,11 +107,10 @@ def _read(
 
     def one(layer: int) -> Any:
         name = tensors.name(parameter, layer)
-        x = parameter.to_file(tensors.read(parameter, layer))
+        x = _ours(tensors.read(parameter, layer), parameter.kernel, None if quantization else kept)
         if quantization is not None:
-            return quantize(np.ascontiguousarray(x), quantization, name=name)
-        x = jnp.asarray(np.ascontiguousarray(x), kept)
-        if not bool(jnp.isfinite(x).all()):
+            return quantize(x, quantization, name=name)
+        if not bool(_is_finite(x)):
             raise QloraError(f"{name}: holds numbers that are not finite; check the checkpoint")
         return x
 
@@ -124,6 +122,17 @@ def _read(
     for layer in range(1, parameter.layers):
         whole = _write(whole, one(layer), layer)
     return whole
+
+
+# Compiled, so that neither a second copy nor a mask of the tensor's size is made on the way.
+@functools.partial(jax.jit, static_argnums=(1, 2))
+def _ours(x: jax.Array, transpose: bool, dtype: DTypeLike | None) -> jax.Array:
+    return (x.T if transpose else x).astype(dtype or x.dtype)
+
+
+@jax.jit
+def _is_finite(x: jax.Array) -> jax.Array:
+    return jnp.isfinite(x).all()
 
 
 @functools.partial(jax.jit, donate_argnums=0)
