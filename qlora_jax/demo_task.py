@@ -141,7 +141,7 @@ TEST = Words(
         "bags",
     ),
     cities=(
-        "London", "Amsterdam", "Memphis", "Melbourne", "Miami", "Singapore", "Seattle",
+        "London", "Amsterdam", "Memphis", "Melbourne", "Miami", "Cleveland", "Seattle",
         "Austin", "Cambridge", "Montreal",
     ),
 )  # fmt: skip
