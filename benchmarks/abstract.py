@@ -6,9 +6,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
-from qlora_jax.checkpoints.model import Model
 
 import qlora_jax as qj
+from qlora_jax.checkpoints.model import Model
 from qlora_jax.models import LlamaConfig, llama
 
 

@@ -151,7 +151,7 @@ def custom_vjp(eqn: JaxprEqn, inputs: list[Any], walker: Walker) -> list[Any]:
         shapes = [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in args]
         # None stands for a zero cotangent: such have no array.
         jaxpr, tree = jax.make_jaxpr(
-            lambda *args: [None if _is_zero(g) else g for g in bwd.call_wrapped(*args)],
+            lambda *args: [None if _is_zero(g) else g for g in _cotangents(bwd, args)],
             return_shape=True,
         )(*shapes)
         arrived = iter(walker.walk(jaxpr.jaxpr, jaxpr.consts, args))
@@ -161,6 +161,15 @@ def custom_vjp(eqn: JaxprEqn, inputs: list[Any], walker: Walker) -> list[Any]:
 
     run.defvjp(forward, backward)
     return run(list(inputs))
+
+
+def _cotangents(bwd: Any, args: Sequence[Any]) -> Sequence[Any]:
+    """What a backward function returns for its inputs; from JAX 0.12 on, logs come beside it."""
+    match bwd.call_wrapped(*args):
+        case [list() | tuple() as cotangents, _]:
+            return cotangents
+        case cotangents:
+            return cotangents
 
 
 def _is_zero(cotangent: Any) -> bool:
