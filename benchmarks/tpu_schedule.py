@@ -98,7 +98,7 @@ def child(device: str, rows: str, kernel: str) -> None:
     target = topologies.get_topology_desc(platform="tpu", topology_name=device).devices[0]
     sharding = SingleDeviceSharding(target)
     spec = functools.partial(jax.ShapeDtypeStruct, sharding=sharding)
-    m = int(rows)
+    m, generation = int(rows), int(device[1])
     x = spec((m, K), jnp.bfloat16)
     weight = (spec((K // 2, N), jnp.uint8), spec((K // 64, N), jnp.float32))
     codebook = spec((16,), jnp.float32)
@@ -111,7 +111,7 @@ def child(device: str, rows: str, kernel: str) -> None:
         return original(body, **settings)
 
     def dense(x: Any, w: Any, transposed: bool) -> Any:
-        tile_m = min(tpu.ROWS, -(-m // 16) * 16)
+        tile_m = min(tpu.GENERATIONS[generation].rows, -(-m // 16) * 16)
         dims = (((1,), (1 if transposed else 0,)), ((), ()))
 
         def body(x_ref: Any, w_ref: Any, out_ref: Any, sum_ref: Any) -> None:
@@ -141,7 +141,8 @@ def child(device: str, rows: str, kernel: str) -> None:
             out_shape=jax.ShapeDtypeStruct((m, N), x.dtype),
             scratch_shapes=[pltpu.VMEM((tile_m, side), jnp.float32)],
             compiler_params=pltpu.CompilerParams(
-                dimension_semantics=("parallel", "parallel", "arbitrary")
+                dimension_semantics=("parallel", "parallel", "arbitrary"),
+                vmem_limit_bytes=48 * 2**20 if generation > 4 else None,
             ),
         )(x, w)
 
@@ -151,10 +152,10 @@ def child(device: str, rows: str, kernel: str) -> None:
         jax.jit(run).lower(x, spec((K, N), jnp.bfloat16)).compile()
     else:
         run = tpu.nf4_matmul if kernel == "forward" else tpu.nf4_matmul_transposed
-        call = lambda x, *w: run(x, *w, jnp.bfloat16)  # noqa: E731
+        call = lambda x, *w: run(x, *w, jnp.bfloat16, target=generation)  # noqa: E731
         jax.jit(call).lower(x, *weight, codebook).compile()
     ((steps, shape),) = grids
-    print(steps, shape[-2] // (2 if len(shape) == 3 else 1))
+    print(steps, shape[0])
 
 
 if __name__ == "__main__":

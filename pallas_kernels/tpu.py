@@ -1,10 +1,11 @@
 """NF4 matmul on TPU (Pallas, Mosaic): x @ W and g @ W^T, W decoded tile by tile in VMEM.
 
 A weight is laid out as `reference.py` says. Each grid step decodes one tile of W and multiplies a
-whole block of up to 1024 rows by it, so that decoding, which the vector unit does while the matrix
-unit multiplies, is shared by all of them. Few rows go another way: see `tpu_rows.py`.
+whole block of rows by it, so that decoding, which the vector unit does while the matrix unit
+multiplies, is shared by all of them.
 """
 
+import dataclasses
 import functools
 from typing import Any
 
@@ -13,13 +14,29 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from pallas_kernels import tpu_rows
-from pallas_kernels.tpu_decode import decode_tile, lane_table, zero_beyond
+from pallas_kernels.tpu_decode import LANES, decode_tile, level_table, zero_beyond
 
-# Rows x contraction x output of a step. 1024 rows hide the decoding behind the multiplications;
-# the buffers of a step (x and y twice, the sum, codes, scales, the decoded tile) take about 9 MiB
-# for bf16, within the 16 MiB that every generation grants a kernel without asking.
-ROWS, DEPTH, WIDTH = 1024, 512, 512
+
+@dataclasses.dataclass(frozen=True)
+class Generation:
+    """What differs between TPU generations, as far as these kernels care."""
+
+    rows: int  # of x in a grid step: enough to hide the decoding behind the multiplications
+    sublanes: bool  # whether a register is gathered from along its sublanes, which is cheaper
+
+
+# v6e multiplies twice as fast as v5 and decodes no faster, hence the taller block; v4 has 16 MiB
+# of VMEM, of which 1024 rows of bf16 take about 9.
+GENERATIONS = {4: Generation(1024, False), 5: Generation(1024, True), 6: Generation(4096, True)}
+DEPTH, WIDTH = 512, 512  # of W in a grid step
+FEW_ROWS = 128  # up to here steps take twice the depth, so that a step outlasts its own start
+
+
+def generation() -> int:
+    """The generation of the TPU at hand; of a newer one, or without any, the newest known."""
+    kinds = {d.device_kind for d in jax.local_devices() if d.platform == "tpu"}
+    known = [n for n in GENERATIONS for kind in kinds if f"v{n}" in kind]
+    return min(known, default=max(GENERATIONS))
 
 
 def nf4_matmul(
@@ -30,15 +47,16 @@ def nf4_matmul(
     out_dtype: jax.typing.DTypeLike,
     precision: jax.lax.PrecisionLike = None,
     interpret: Any = False,
+    target: int | None = None,
 ) -> jax.Array:
     """x [M, K] (bf16 or fp32) times the 4-bit weight [K, N] -> [M, N], accumulated in fp32.
 
     packed uint8 [K/2, N], scales fp32 [K/block, N], codebook fp32 [16].
-    interpret: as in pallas_call, for machines without a TPU.
+    interpret: as in pallas_call, for machines without a TPU. target: the generation of TPU to
+    compile for, when it is not that of this machine.
     """
-    if tpu_rows.takes(x, packed, scales):
-        return tpu_rows.nf4_matmul(x, packed, scales, codebook, out_dtype, interpret)
-    return _call(x, packed, scales, codebook, out_dtype, precision, interpret, False)
+    target = target or generation()
+    return _call(x, packed, scales, codebook, out_dtype, precision, interpret, target, False)
 
 
 def nf4_matmul_transposed(
@@ -49,12 +67,14 @@ def nf4_matmul_transposed(
     out_dtype: jax.typing.DTypeLike,
     precision: jax.lax.PrecisionLike = None,
     interpret: Any = False,
+    target: int | None = None,
 ) -> jax.Array:
     """g [M, N] (bf16 or fp32) times the transposed weight -> [M, K], accumulated in fp32."""
-    return _call(g, packed, scales, codebook, out_dtype, precision, interpret, True)
+    target = target or generation()
+    return _call(g, packed, scales, codebook, out_dtype, precision, interpret, target, True)
 
 
-@functools.partial(jax.jit, static_argnums=(4, 5, 6, 7), inline=True)
+@functools.partial(jax.jit, static_argnums=(4, 5, 6, 7, 8), inline=True)
 def _call(
     x: jax.Array,
     packed: jax.Array,
@@ -63,6 +83,7 @@ def _call(
     out_dtype: Any,
     precision: Any,
     interpret: Any,
+    target: int,
     transposed: bool,
 ) -> jax.Array:
     m, contracted = x.shape
@@ -70,10 +91,13 @@ def _call(
     if contracted != (n if transposed else k):
         raise ValueError(f"x {x.shape} does not fit a weight of {k} x {n}, {transposed=}")
     block = k // scales.shape[0]
-    tile_k, tile_n = _depth(k, block), min(WIDTH, _up(n, 128))
-    # A deep tile (blocks of 1024 and more) leaves room for fewer rows; fp32 for half of them.
-    rows = ROWS * DEPTH // max(tile_k, DEPTH) * 2 // x.dtype.itemsize
-    tile_m = min(rows, _up(m, 16))
+    known = GENERATIONS[target]
+    tile_n = min(WIDTH, _up(n, LANES))
+    # Whole blocks, so that a tile's bytes hold a contiguous stretch of K.
+    tile_k = min(max(DEPTH * 2 if m <= FEW_ROWS else DEPTH, block), k)
+    # A deep tile (of large blocks) leaves room for fewer rows, and so does fp32.
+    room = known.rows * DEPTH // max(tile_k, DEPTH) * 2 // x.dtype.itemsize
+    tile_m = min(room, _up(m, 16))
     # Of W, a step takes the tile (along K, along N); the grid is (rows, outputs, contraction).
     if transposed:
         tile_out, tile_in, out_size = tile_k, tile_n, k
@@ -87,6 +111,8 @@ def _call(
         along_k, along_n = of_weight(i, out, inner)
         return along_k, 0, along_n
 
+    by_eight = tile_k // block % 8 == 0
+    table = level_table(codebook, known.sublanes)
     return pl.pallas_call(
         functools.partial(
             _kernel,
@@ -100,20 +126,21 @@ def _call(
             pl.BlockSpec((tile_m, tile_in), lambda i, out, inner: (i, inner)),
             pl.BlockSpec((tile_k // 2, tile_n), of_weight),
             # Three axes, since the last two of a tile must be whole or multiples of 8 x 128.
-            pl.BlockSpec((tile_k // block, 1, tile_n), of_scales)
-            if tile_k // block % 8
-            else pl.BlockSpec((tile_k // block, tile_n), of_weight),
-            pl.BlockSpec((8, 128), lambda i, out, inner: (0, 0)),
+            pl.BlockSpec((tile_k // block, tile_n), of_weight)
+            if by_eight
+            else pl.BlockSpec((tile_k // block, 1, tile_n), of_scales),
+            pl.BlockSpec(table.shape, lambda i, out, inner: (0, 0)),
         ],
         out_specs=pl.BlockSpec((tile_m, tile_out), lambda i, out, inner: (i, out)),
         out_shape=jax.ShapeDtypeStruct((m, out_size), out_dtype),
         scratch_shapes=[pltpu.VMEM((tile_m, tile_out), jnp.float32)],
         compiler_params=pltpu.CompilerParams(
-            dimension_semantics=("parallel", "parallel", "arbitrary")
+            dimension_semantics=("parallel", "parallel", "arbitrary"),
+            vmem_limit_bytes=48 * 2**20 if target > 4 else None,
         ),
         interpret=interpret,
         name="nf4_matmul_transposed" if transposed else "nf4_matmul",
-    )(x, packed, scales[:, None] if tile_k // block % 8 else scales, lane_table(codebook))
+    )(x, packed, scales if by_eight else scales[:, None], table)
 
 
 def _kernel(
@@ -142,7 +169,7 @@ def _kernel(
         left = size[axis] - step * x.shape[1]
         x = zero_beyond(x, left, axis=1)
         block = 2 * codes_ref.shape[0] // scales.shape[0]
-        scales = zero_beyond(scales, left if transposed else left // block, axis=axis)
+        scales = zero_beyond(scales, left if transposed else jax.lax.div(left, block), axis=axis)
     w = decode_tile(codes_ref[...], scales, table_ref[...], x.dtype)
     dims = (((1,), (1 if transposed else 0,)), ((), ()))
     sum_ref[...] += jax.lax.dot_general(
@@ -152,11 +179,6 @@ def _kernel(
     @pl.when(step == pl.num_programs(2) - 1)
     def _() -> None:
         out_ref[...] = sum_ref[...].astype(out_ref.dtype)
-
-
-def _depth(k: int, block: int) -> int:
-    """Rows of W in a tile: whole blocks; all of a small K."""
-    return min(max(DEPTH, block), k)
 
 
 def _up(size: int, multiple: int) -> int:

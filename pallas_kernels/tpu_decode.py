@@ -2,35 +2,49 @@
 
 import jax
 import jax.numpy as jnp
+from jax.experimental.pallas import tpu as pltpu
 
-LANES = 128
-
-
-def lane_table(codebook: jax.Array) -> jax.Array:
-    """codebook [16] -> fp32 [8, 128]: a register with the sixteen levels in its first lanes."""
-    row = jnp.pad(codebook.astype(jnp.float32), (0, LANES - codebook.shape[0]))
-    return jnp.broadcast_to(row, (8, LANES))
+SUBLANES, LANES = 8, 128  # of a vector register
 
 
-def look_up(table: jax.Array, indices: jax.Array) -> jax.Array:
-    """table [8, 128] (rows alike), indices int32 [R, C] in [0, 128) -> the entries, [R, C].
+def level_table(codebook: jax.Array, sublanes: bool) -> jax.Array:
+    """codebook [16] -> the registers that `look_up` gathers from, fp32.
 
-    One gather across the lanes of a register (tpu.dynamic_gather) for 1024 entries. A tree of
-    selects on the four bits costs fifteen vector operations instead, and what is free while the
-    matrix unit works is the cross-lane unit: on v5e a whole step of 1024 x 512 x 512 then takes as
-    many cycles as with dense weights, within 1% (benchmarks/tpu_schedule.py).
+    sublanes: [16, 128], level i all along row i; otherwise [8, 128], the levels along each row.
     """
-    table = jnp.broadcast_to(table[:1], (indices.shape[0], LANES))
-    columns = [
-        jnp.take_along_axis(
-            table[:, : indices.shape[1]] if indices.shape[1] < LANES else table,
-            indices[:, at : at + LANES],
-            axis=1,
-            mode="promise_in_bounds",
-        )
-        for at in range(0, indices.shape[1], LANES)
-    ]
-    return jnp.concatenate(columns, axis=1) if len(columns) > 1 else columns[0]
+    levels = codebook.astype(jnp.float32)
+    if sublanes:
+        return jnp.broadcast_to(levels[:, None], (16, LANES))
+    return jnp.broadcast_to(jnp.pad(levels, (0, LANES - 16)), (SUBLANES, LANES))
+
+
+def look_up(table: jax.Array, codes: jax.Array) -> jax.Array:
+    """codes int32 [R, C] in [0, 16), R and C multiples of 8 and 128 -> levels fp32 [R, C].
+
+    A register at a time, by the gather that the chip does in hardware. From v5 on that is one
+    vector operation within a column of eight sublanes: two of them and a select make sixteen
+    entries, for about 1.6 cycles a register. v4 gathers along the 128 lanes only, where the
+    cross-lane unit takes several cycles. A tree of fifteen selects was slower than either. The
+    schedules that say so are printed by benchmarks/tpu_schedule.py.
+    """
+    rows = []
+    for r in range(0, codes.shape[0], SUBLANES):
+        row = []
+        for c in range(0, codes.shape[1], LANES):
+            register = codes[r : r + SUBLANES, c : c + LANES]
+            if table.shape[0] == SUBLANES:
+                row.append(_gather(table, register, axis=1))
+            else:
+                three_bits = register & 7
+                low = _gather(table[:SUBLANES], three_bits, axis=0)
+                high = _gather(table[SUBLANES:], three_bits, axis=0)
+                row.append(jnp.where(register > 7, high, low))
+        rows.append(jnp.concatenate(row, axis=1))
+    return jnp.concatenate(rows)
+
+
+def _gather(table: jax.Array, indices: jax.Array, axis: int) -> jax.Array:
+    return jnp.take_along_axis(table, indices, axis=axis, mode="promise_in_bounds")
 
 
 def decode_tile(
@@ -45,12 +59,14 @@ def decode_tile(
     blocks = []
     for index in range(scales.shape[0]):
         packed = wide[index * half : (index + 1) * half]
-        values = jnp.concatenate([look_up(table, packed & 15), look_up(table, packed >> 4)])
-        blocks.append((values * scales[index : index + 1]).astype(dtype))
+        levels = jnp.concatenate([look_up(table, packed & 15), look_up(table, packed >> 4)])
+        blocks.append((levels * scales[index : index + 1]).astype(dtype))
     return jnp.concatenate(blocks)
 
 
 def zero_beyond(x: jax.Array, size: jax.Array, axis: int) -> jax.Array:
-    """x [., .] with zeros from index `size` on along `axis`."""
-    index = jax.lax.broadcasted_iota(jnp.int32, x.shape, axis)
-    return jnp.where(index < size, x, jnp.zeros_like(x))
+    """x [R, C] with zeros from index `size` on along `axis`; axis 0 for 32-bit x only."""
+    # As 32-bit words, since Mosaic has no masks for halves of them; rows share a word, not columns.
+    words = pltpu.bitcast(x, jnp.int32)
+    index = jax.lax.broadcasted_iota(jnp.int32, words.shape, axis)
+    return pltpu.bitcast(jnp.where(index < size, words, 0), x.dtype)

@@ -7,7 +7,16 @@ from qlora_jax.checkpoints.model import Model
 from qlora_jax.errors import QloraError
 from qlora_jax.lift import lift
 from qlora_jax.lora import LoraArray, LoraConfig
-from qlora_jax.quant import FP4, NF4, Policy, QuantizedArray, quantize, quantize_tree
+from qlora_jax.quant import (
+    FP4,
+    NF4,
+    Policy,
+    QuantizedArray,
+    backends,
+    quantize,
+    quantize_tree,
+    use_implementation,
+)
 from qlora_jax.training.masks import combine, freeze_base, partition, trainable_mask
 from qlora_jax.training.step import TrainState, make_eval_step, make_train_step
 
@@ -21,6 +30,7 @@ __all__ = [
     "QloraError",
     "QuantizedArray",
     "TrainState",
+    "backends",
     "combine",
     "freeze_base",
     "lift",
@@ -33,4 +43,5 @@ __all__ = [
     "quantize",
     "quantize_tree",
     "trainable_mask",
+    "use_implementation",
 ]

@@ -2,6 +2,7 @@
 
 from qlora_jax.quant.array import QuantizedArray, quantize
 from qlora_jax.quant.config import FP4, NF4, QuantConfig
+from qlora_jax.quant.implementations import backends, use_implementation
 from qlora_jax.quant.matmul import nf4_matmul, nf4_matmul_transposed
 from qlora_jax.quant.policy import Policy, dequantize_tree, is_quantized, path_str, quantize_tree
 
@@ -11,6 +12,7 @@ __all__ = [
     "Policy",
     "QuantConfig",
     "QuantizedArray",
+    "backends",
     "dequantize_tree",
     "is_quantized",
     "nf4_matmul",
@@ -18,4 +20,5 @@ __all__ = [
     "path_str",
     "quantize",
     "quantize_tree",
+    "use_implementation",
 ]

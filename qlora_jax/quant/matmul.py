@@ -2,81 +2,105 @@
 
 import functools
 import math
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels import reference
 from qlora_jax.quant.array import QuantizedArray
 from qlora_jax.quant.config import levels
+from qlora_jax.quant.implementations import Implementation, product
 from qlora_jax.quant.varying import vary_alike
 
 
 def nf4_matmul(
-    x: jax.Array, w: QuantizedArray, *, out_dtype: Any = None, precision: Any = None
+    x: jax.Array,
+    w: QuantizedArray,
+    *,
+    out_dtype: Any = None,
+    precision: Any = None,
+    implementation: Implementation | None = None,
 ) -> jax.Array:
     """x [..., K] @ W [K, N] -> [..., N] of `out_dtype` (x's by default), accumulated in fp32.
 
     The backward product g @ W^T decodes the same 4-bit weight again: no dense W is kept between
     the passes. W must have no leading axes; jax.vmap over it where it has. precision: as in
-    jax.lax.dot_general.
+    jax.lax.dot_general. implementation: the kernels of the platform by default (qj.backends() says
+    which there are); one that is named and cannot run raises QloraError.
     """
-    return _apply(_matmul, x, w, out_dtype, precision, math.prod(w.k_shape))
+    how = _How(jnp.dtype(out_dtype or x.dtype), precision, implementation)
+    return _apply(_matmul, x, w, how, math.prod(w.k_shape))
 
 
 def nf4_matmul_transposed(
-    g: jax.Array, w: QuantizedArray, *, out_dtype: Any = None, precision: Any = None
+    g: jax.Array,
+    w: QuantizedArray,
+    *,
+    out_dtype: Any = None,
+    precision: Any = None,
+    implementation: Implementation | None = None,
 ) -> jax.Array:
     """g [..., N] @ W^T [N, K] -> [..., K] of `out_dtype` (g's by default), accumulated in fp32."""
-    return _apply(_matmul_transposed, g, w, out_dtype, precision, math.prod(w.n_shape))
+    how = _How(jnp.dtype(out_dtype or g.dtype), precision, implementation)
+    return _apply(_matmul_transposed, g, w, how, math.prod(w.n_shape))
 
 
-def _apply(
-    product: Any, x: jax.Array, w: QuantizedArray, out_dtype: Any, precision: Any, width: int
-) -> jax.Array:
+class _How(NamedTuple):
+    out_dtype: Any
+    precision: Any
+    implementation: Implementation | None
+
+
+def _apply(call: Any, x: jax.Array, w: QuantizedArray, how: _How, width: int) -> jax.Array:
     if w.batch_shape:
         raise ValueError(f"expected one weight, got {w.batch_shape} stacked; use jax.vmap")
     if x.shape[-1] != width:
         raise ValueError(f"x [..., {x.shape[-1]}] does not fit {w}: its last axis must be {width}")
     x, w = vary_alike((x, w))
-    rows = x.reshape(-1, width)
-    out = product(rows, w, jnp.dtype(out_dtype or x.dtype), precision)
+    out = call(x.reshape(-1, width), w, how)
     return out.reshape(*x.shape[:-1], -1)
 
 
-def _forward(x: jax.Array, w: QuantizedArray, out_dtype: Any, precision: Any) -> jax.Array:
+def _forward(x: jax.Array, w: QuantizedArray, how: _How) -> jax.Array:
     k, k_padded = x.shape[-1], 2 * w.codes.shape[0]
     x = jnp.pad(x, ((0, 0), (0, k_padded - k))) if k != k_padded else x
-    return reference.nf4_matmul(x, w.codes, w.absmax(), _table(w), out_dtype, precision)
+    return _product(x, w, how, transposed=False)
 
 
-def _transposed(g: jax.Array, w: QuantizedArray, out_dtype: Any, precision: Any) -> jax.Array:
-    out = reference.nf4_matmul_transposed(g, w.codes, w.absmax(), _table(w), out_dtype, precision)
-    return out[:, : math.prod(w.k_shape)]
+def _transposed(g: jax.Array, w: QuantizedArray, how: _How) -> jax.Array:
+    return _product(g, w, how, transposed=True)[:, : math.prod(w.k_shape)]
 
 
-def _table(w: QuantizedArray) -> jax.Array:
-    return jnp.asarray(levels(w.codebook))
+def _product(x: jax.Array, w: QuantizedArray, how: _How, *, transposed: bool) -> jax.Array:
+    weight = (w.codes, w.absmax(), jnp.asarray(levels(w.codebook)))
+    return product(
+        how.implementation,
+        x,
+        weight,
+        transposed,
+        out_dtype=how.out_dtype,
+        precision=how.precision,
+    )
 
 
-def _with_gradient(product: Any, backward: Any) -> Any:
-    """A custom_vjp of `product` whose only cotangent is x's, computed by `backward`."""
+def _with_gradient(call: Any, backward: Any) -> Any:
+    """A custom_vjp of `call` whose only cotangent is x's, computed by `backward`."""
 
-    @functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
-    def call(x: jax.Array, w: QuantizedArray, out_dtype: Any, precision: Any) -> jax.Array:
-        return product(x, w, out_dtype, precision)
+    @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+    def run(x: jax.Array, w: QuantizedArray, how: _How) -> jax.Array:
+        return call(x, w, how)
 
-    def fwd(x: jax.Array, w: QuantizedArray, out_dtype: Any, precision: Any) -> Any:
-        return product(x, w, out_dtype, precision), (w, jnp.zeros((0,), x.dtype))
+    def fwd(x: jax.Array, w: QuantizedArray, how: _How) -> Any:
+        return call(x, w, how), (w, jnp.zeros((0,), x.dtype))
 
-    def bwd(out_dtype: Any, precision: Any, residuals: Any, g: jax.Array) -> Any:
+    def bwd(how: _How, residuals: Any, g: jax.Array) -> Any:
         w, like_x = residuals
         # In x's dtype: that of the forward product, so that bf16 training multiplies in bf16.
-        return backward(g.astype(like_x.dtype), w, like_x.dtype, precision), None
+        dtype = like_x.dtype
+        return backward(g.astype(dtype), w, how._replace(out_dtype=dtype)), None
 
-    call.defvjp(fwd, bwd)
-    return call
+    run.defvjp(fwd, bwd)
+    return run
 
 
 _matmul = _with_gradient(_forward, _transposed)

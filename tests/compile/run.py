@@ -1,4 +1,4 @@
-"""Compile the train step for every target, each in a process of its own.
+"""Compile the train step and the kernels for every target, each in a process of its own.
 
     python -m tests.compile.run COMPILERS
 
@@ -23,6 +23,8 @@ SETTINGS = {
     "gpu": {},
 }
 
+PROGRAMS = {"tpu": ("train_step", "tpu_kernels"), "gpu": ("train_step",)}
+
 
 def environment(compiler: str, folder: Path) -> dict[str, str]:
     """Ours, with the compiler's packages importable; the devices themselves are not looked for."""
@@ -38,9 +40,10 @@ def main(compilers: Path) -> int:
     failed = []
     for name, target in TARGETS.items():
         env = environment(target.compiler, compilers.resolve() / target.compiler)
-        command = [sys.executable, "-m", "tests.compile.train_step", name]
-        if subprocess.run(command, env=env, check=False).returncode:
-            failed.append(name)
+        for program in PROGRAMS[target.compiler]:
+            command = [sys.executable, "-m", f"tests.compile.{program}", name]
+            if subprocess.run(command, env=env, check=False).returncode:
+                failed.append(f"{name} ({program})")
     if failed:
         print(f"did not compile for: {', '.join(failed)}")
     return len(failed)

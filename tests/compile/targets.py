@@ -44,7 +44,10 @@ def _tpu(topology: str) -> Target:
 
 
 TARGETS = {
+    "TPU v4": _tpu("v4:2x2x1"),
     "TPU v5e": _tpu("v5e:2x2"),
+    "TPU v5p": _tpu("v5p:2x2x1"),
+    "TPU v6e": _tpu("v6e:2x2"),
     "RTX A6000": _gpu(
         name="NVIDIA RTX A6000",
         shared=102400,

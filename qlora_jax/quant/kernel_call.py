@@ -1,0 +1,118 @@
+"""What vmap and sharding mean for a matmul kernel, which the compiler cannot look into.
+
+Both act on the arrays around the kernel: a batch of inputs folds into its rows, so that the weight
+is read once; under a mesh every device calls the kernel on its own part.
+"""
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.experimental.custom_partitioning import custom_partitioning
+from jax.sharding import NamedSharding, PartitionSpec
+
+
+def kernel_call(kernel: Callable[..., jax.Array], *, transposed: bool) -> Callable[..., jax.Array]:
+    """`kernel`(x, codes, scales, codebook, out_dtype, precision), made fit for vmap and jit."""
+
+    def call(
+        x: jax.Array, codes: jax.Array, scales: jax.Array, codebook: jax.Array,
+        out_dtype: Any, precision: Any,
+    ) -> jax.Array:  # fmt: skip
+        local = functools.partial(kernel, out_dtype=out_dtype, precision=precision)
+        block = 2 * codes.shape[0] // scales.shape[0]
+        return _batched(_partitioned(local, transposed, block))(x, codes, scales, codebook)
+
+    return call
+
+
+def _batched(call: Callable[..., jax.Array]) -> Callable[..., jax.Array]:
+    @jax.custom_batching.custom_vmap
+    def mapped(x: Any, codes: Any, scales: Any, codebook: Any) -> jax.Array:
+        return call(x, codes, scales, codebook)
+
+    @mapped.def_vmap
+    def rule(size: int, batched: list[bool], x: Any, *weight: Any) -> tuple[jax.Array, bool]:
+        if not any(batched[1:]):
+            out = mapped(x.reshape(-1, x.shape[-1]), *weight)
+            return out.reshape(size, -1, out.shape[-1]), True
+        # A weight for each: one after the other, as a scan over layers would.
+        args = [
+            a if is_batched else jnp.broadcast_to(a, (size, *a.shape))
+            for a, is_batched in zip((x, *weight), batched, strict=True)
+        ]
+        return jax.lax.map(lambda one: mapped(*one), args), True
+
+    return mapped
+
+
+def _partitioned(
+    kernel: Callable[..., jax.Array], transposed: bool, block: int
+) -> Callable[..., jax.Array]:
+    """x [M, in], codes, scales, codebook -> [M, out], each device on its own part.
+
+    Rows and outputs are computed where they lie. A contraction that is split over devices of its
+    own (tensor parallelism along the contraction) is summed over them. A weight split over the
+    devices that also split the rows (FSDP) is gathered, in 4 bits.
+    """
+
+    @custom_partitioning
+    def call(x: Any, codes: Any, scales: Any, codebook: Any) -> jax.Array:
+        return kernel(x, codes, scales, codebook)
+
+    def partition(mesh: Any, args: Any, result: Any) -> Any:
+        x, codes, _, _ = (_spec(arg.sharding) for arg in args)
+        (rows, inner), (along_k, along_n) = x, codes
+        weight_inner, outputs = (along_n, along_k) if transposed else (along_k, along_n)
+        taken = set(_names(rows))
+        inner = inner if inner is not None else weight_inner
+        inner = None if taken & set(_names(inner)) else inner
+        taken |= set(_names(inner))
+        outputs = None if taken & set(_names(outputs)) else outputs
+        # Each device needs whole blocks of the weight.
+        k_axes = outputs if transposed else inner
+        if args[2].shape[0] % _count(mesh, k_axes):
+            outputs, inner = (None, inner) if transposed else (outputs, None)
+        weight = PartitionSpec(*((outputs, inner) if transposed else (inner, outputs)))
+        specs = (PartitionSpec(rows, inner), weight, weight, PartitionSpec())
+
+        def local(*parts: Any) -> jax.Array:
+            out = kernel(*parts)
+            return jax.lax.psum(out, _names(inner)) if inner is not None else out
+
+        shardings = tuple(NamedSharding(mesh, spec) for spec in specs)
+        return mesh, local, NamedSharding(mesh, PartitionSpec(rows, outputs)), shardings
+
+    def infer(mesh: Any, args: Any, result: Any) -> Any:
+        return partition(mesh, args, result)[2]
+
+    # K is b blocks of r; a block has h bytes. The compiler may split blocks, not what is in them.
+    rule = "m n, (b h) n, b n, t -> m (b r)" if transposed else "m (b r), (b h) n, b n, t -> m n"
+    call.def_partition(
+        partition=partition,
+        infer_sharding_from_operands=infer,
+        sharding_rule=rule,
+        r=block,
+        h=block // 2,
+    )
+    return call
+
+
+def _spec(sharding: Any) -> tuple[Any, Any]:
+    spec = tuple(getattr(sharding, "spec", ()) or ())
+    return (*spec, None, None)[:2]  # type: ignore[return-value]
+
+
+def _names(axes: Any) -> tuple[str, ...]:
+    if axes is None:
+        return ()
+    return (axes,) if isinstance(axes, str) else tuple(axes)
+
+
+def _count(mesh: Any, axes: Any) -> int:
+    count = 1
+    for name in _names(axes):
+        count *= mesh.shape[name]
+    return count

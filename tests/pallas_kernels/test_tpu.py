@@ -1,0 +1,92 @@
+"""The TPU kernels, simulated on the CPU (memory, copies, races), against float64 NumPy."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from jax.experimental.pallas import tpu as pltpu
+
+from pallas_kernels import tpu
+
+SIMULATED = pltpu.InterpretParams(detect_races=True)
+BF16 = 2.0**-8  # a bf16 product rounds x (not here: it is bf16 already) and W once
+
+
+def weight(rng: np.random.Generator, k: int, n: int, block: int):
+    """Codes, scales and codebook, and the dense weight by an independent decoding."""
+    codes = rng.integers(0, 16, (k // block, block, n))
+    scales = rng.uniform(0.5, 2, (k // block, n)).astype(np.float32)
+    codebook = np.sort(rng.uniform(-1, 1, 16)).astype(np.float32)
+    dense = (codebook.astype(np.float64)[codes] * scales[:, None]).reshape(k, n)
+    packed = codes[:, : block // 2] | codes[:, block // 2 :] << 4
+    packed = packed.reshape(k // 2, n).astype(np.uint8)
+    return (jnp.asarray(packed), jnp.asarray(scales), jnp.asarray(codebook)), dense
+
+
+def check(m, k, n, block, dtype, transposed, target, seed=0):
+    rng = np.random.default_rng(seed)
+    arrays, dense = weight(rng, k, n, block)
+    x = jnp.asarray(rng.normal(size=(m, n if transposed else k)), dtype)
+    dense = dense.T if transposed else dense
+    kernel = tpu.nf4_matmul_transposed if transposed else tpu.nf4_matmul
+    got = kernel(x, *arrays, jnp.float32, "highest", interpret=SIMULATED, target=target)
+    exact = np.asarray(x, np.float64)
+    size = np.sqrt((exact**2) @ (dense**2))  # of the terms of each sum, in quadrature
+    error = np.abs(np.asarray(got, np.float64) - exact @ dense)
+    eps = BF16 if dtype == jnp.bfloat16 else 2.0**-20
+    assert got.shape == (m, dense.shape[1])
+    assert (error <= 4 * eps * size + 1e-30).all(), (error / size).max() / eps
+
+
+@settings(max_examples=12, deadline=None)
+@given(
+    m=st.integers(1, 40),
+    blocks=st.integers(1, 20),
+    n=st.integers(1, 600),
+    block=st.sampled_from([32, 64, 128]),
+    dtype=st.sampled_from([jnp.bfloat16, jnp.float32]),
+    transposed=st.booleans(),
+    target=st.sampled_from([4, 5, 6]),
+    seed=st.integers(0, 2**20),
+)
+def test_any_shape(m, blocks, n, block, dtype, transposed, target, seed):
+    check(m, blocks * block, n, block, dtype, transposed, target, seed)
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize(
+    ("m", "k", "n", "block"),
+    [
+        pytest.param(1100, 576, 640, 64, id="several blocks of rows, ragged everywhere"),
+        pytest.param(3, 2112, 128, 64, id="ragged contraction, few rows"),
+        pytest.param(20, 4096, 136, 2048, id="large blocks"),
+    ],
+)
+def test_tiles(m, k, n, block, transposed):
+    check(m, k, n, block, jnp.bfloat16, transposed, target=5)
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+def test_what_lies_beyond_the_arrays_does_not_matter(transposed):
+    """A contraction that ends within a tile: the simulator fills the rest with NaN."""
+    params = pltpu.InterpretParams(uninitialized_memory="nan")
+    rng = np.random.default_rng(1)
+    arrays, dense = weight(rng, 576, 576, 64)
+    x = jnp.asarray(rng.normal(size=(16, 576)), jnp.float32)
+    kernel = tpu.nf4_matmul_transposed if transposed else tpu.nf4_matmul
+    got = kernel(x, *arrays, jnp.float32, "highest", interpret=params, target=5)
+    want = np.asarray(x, np.float64) @ (dense.T if transposed else dense)
+    np.testing.assert_allclose(got, want, atol=1e-3)
+
+
+def test_a_misfit_is_an_error():
+    arrays, _ = weight(np.random.default_rng(0), 128, 64, 64)
+    with pytest.raises(ValueError, match=r"x \(4, 64\) does not fit a weight of 128 x 64"):
+        tpu.nf4_matmul(jnp.zeros((4, 64)), *arrays, jnp.float32)
+
+
+@pytest.mark.skipif(jax.default_backend() == "tpu", reason="this machine has a TPU")
+def test_without_a_tpu_the_newest_generation_is_meant():
+    assert tpu.generation() == max(tpu.GENERATIONS)
