@@ -20,7 +20,7 @@ help:
 	@echo "make lint     ruff: rules and formatting"
 	@echo "make types    pyright"
 	@echo "make parity   comparisons with bitsandbytes, transformers and PEFT (installs torch)"
-	@echo "make compile  a train step through the TPU and GPU compilers, without either device"
+	@echo "make compile  train step and kernels through the TPU and GPU compilers, without either device"
 	@echo "make clean    remove the environments and caches"
 
 demo: $(VENV)/.demo

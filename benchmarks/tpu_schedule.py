@@ -129,17 +129,18 @@ def child(device: str, rows: str, kernel: str) -> None:
             def _() -> None:
                 out_ref[...] = sum_ref[...].astype(out_ref.dtype)
 
-        side, of_weight = tpu.DEPTH, (lambda i, o, k: (o, k) if transposed else (k, o))
+        depth, width = tpu.DEPTH, tpu.WIDTH
+        of_weight = (lambda i, o, k: (o, k)) if transposed else (lambda i, o, k: (k, o))
         return pl.pallas_call(
             body,
-            grid=(pl.cdiv(m, tile_m), N // side, K // side),
+            grid=(pl.cdiv(m, tile_m), N // width, K // depth),
             in_specs=[
-                pl.BlockSpec((tile_m, side), lambda i, o, k: (i, k)),
-                pl.BlockSpec((side, side), of_weight),
+                pl.BlockSpec((tile_m, depth), lambda i, o, k: (i, k)),
+                pl.BlockSpec((width, depth) if transposed else (depth, width), of_weight),
             ],
-            out_specs=pl.BlockSpec((tile_m, side), lambda i, o, k: (i, o)),
+            out_specs=pl.BlockSpec((tile_m, width), lambda i, o, k: (i, o)),
             out_shape=jax.ShapeDtypeStruct((m, N), x.dtype),
-            scratch_shapes=[pltpu.VMEM((tile_m, side), jnp.float32)],
+            scratch_shapes=[pltpu.VMEM((tile_m, width), jnp.float32)],
             compiler_params=pltpu.CompilerParams(
                 dimension_semantics=("parallel", "parallel", "arbitrary"),
                 vmem_limit_bytes=48 * 2**20 if generation > 4 else None,

@@ -7,6 +7,7 @@ multiplies, is shared by all of them.
 
 import dataclasses
 import functools
+import re
 from typing import Any
 
 import jax
@@ -28,15 +29,30 @@ class Generation:
 # v6e multiplies twice as fast as v5 and decodes no faster, hence the taller block; v4 has 16 MiB
 # of VMEM, of which 1024 rows of bf16 take about 9.
 GENERATIONS = {4: Generation(1024, False), 5: Generation(1024, True), 6: Generation(4096, True)}
-DEPTH, WIDTH = 512, 512  # of W in a grid step
-FEW_ROWS = 128  # up to here steps take twice the depth, so that a step outlasts its own start
+# Of W, along the contraction and along the outputs. The deeper, the seldomer the sum is touched and
+# a step started; twice as much decoded no longer pays.
+DEPTH, WIDTH = 1024, 512
 
 
 def generation() -> int:
     """The generation of the TPU at hand; of a newer one, or without any, the newest known."""
-    kinds = {d.device_kind for d in jax.local_devices() if d.platform == "tpu"}
-    known = [n for n in GENERATIONS for kind in kinds if f"v{n}" in kind]
-    return min(known, default=max(GENERATIONS))
+    here = [_number(d) for d in jax.local_devices() if d.platform == "tpu"]
+    return min([n for n in here if n in GENERATIONS], default=max(GENERATIONS))
+
+
+def unavailable() -> str | None:
+    """Why these kernels do not run on the TPU at hand; None where they do."""
+    tpus = [d for d in jax.local_devices() if d.platform == "tpu"]
+    if not tpus:
+        return "this process has no TPU"
+    old = {d.device_kind for d in tpus if _number(d) < min(GENERATIONS)}
+    return f"it needs a TPU v4 or newer, this is a {old.pop()}" if old else None
+
+
+def _number(device: jax.Device) -> int:
+    """The generation in a device's kind: "TPU v5 lite" is 5, "TPU7x" 7."""
+    found = re.search(r"\d+", device.device_kind)
+    return int(found[0]) if found else max(GENERATIONS)
 
 
 def nf4_matmul(
@@ -92,11 +108,12 @@ def _call(
         raise ValueError(f"x {x.shape} does not fit a weight of {k} x {n}, {transposed=}")
     block = k // scales.shape[0]
     known = GENERATIONS[target]
-    tile_n = min(WIDTH, _up(n, LANES))
+    side_k, side_n = (WIDTH, DEPTH) if transposed else (DEPTH, WIDTH)
+    tile_n = min(side_n, _up(n, LANES))
     # Whole blocks, so that a tile's bytes hold a contiguous stretch of K.
-    tile_k = min(max(DEPTH * 2 if m <= FEW_ROWS else DEPTH, block), k)
-    # A deep tile (of large blocks) leaves room for fewer rows, and so does fp32.
-    room = known.rows * DEPTH // max(tile_k, DEPTH) * 2 // x.dtype.itemsize
+    tile_k = min(max(side_k, block), k)
+    # A tall tile (of large blocks) leaves room for fewer rows, and so does fp32.
+    room = known.rows * side_k // max(tile_k, side_k) * 2 // x.dtype.itemsize
     tile_m = min(room, _up(m, 16))
     # Of W, a step takes the tile (along K, along N); the grid is (rows, outputs, contraction).
     if transposed:

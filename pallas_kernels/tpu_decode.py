@@ -23,7 +23,7 @@ def look_up(table: jax.Array, codes: jax.Array) -> jax.Array:
 
     A register at a time, by the gather that the chip does in hardware. From v5 on that is one
     vector operation within a column of eight sublanes: two of them and a select make sixteen
-    entries, for about 1.6 cycles a register. v4 gathers along the 128 lanes only, where the
+    entries. v4 gathers along the 128 lanes only, where the
     cross-lane unit takes several cycles. A tree of fifteen selects was slower than either. The
     schedules that say so are printed by benchmarks/tpu_schedule.py.
     """

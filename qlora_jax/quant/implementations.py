@@ -27,6 +27,7 @@ class Products(NamedTuple):
     transposed: Callable[..., jax.Array]
     platform: str | None = None
     dtypes: tuple[str, ...] = ()
+    unavailable: Callable[[], str | None] = lambda: None
 
 
 IMPLEMENTATIONS: dict[str, Products] = {
@@ -36,6 +37,7 @@ IMPLEMENTATIONS: dict[str, Products] = {
         kernel_call(tpu.nf4_matmul_transposed, transposed=True),
         platform="tpu",
         dtypes=("bfloat16", "float32"),
+        unavailable=tpu.unavailable,
     ),
 }
 
@@ -59,7 +61,9 @@ def use_implementation(implementation: Implementation) -> Iterator[None]:
 
 def backends() -> dict[str, str]:
     """Name of each implementation -> "available", or why it is not on this machine."""
-    return {name: _missing(products) or "available" for name, products in IMPLEMENTATIONS.items()}
+    return {
+        name: products.unavailable() or "available" for name, products in IMPLEMENTATIONS.items()
+    }
 
 
 def product(
@@ -73,7 +77,7 @@ def product(
     forced = _forced.get()
     if name is not None or forced is not None:
         chosen = _known(name or forced)
-        if name is not None and forced is None and (reason := _missing(chosen)):
+        if name is not None and forced is None and (reason := chosen.unavailable()):
             raise QloraError(f"implementation={name!r} is not available: {reason}")
         if chosen.dtypes and x.dtype.name not in chosen.dtypes:
             takes = " or ".join(chosen.dtypes)
@@ -83,7 +87,7 @@ def product(
     here = {
         kernels.platform: _run(kernels, transposed, **how)
         for kernels in IMPLEMENTATIONS.values()
-        if kernels.platform and not _missing(kernels) and x.dtype.name in kernels.dtypes
+        if kernels.platform and not kernels.unavailable() and x.dtype.name in kernels.dtypes
     }
     if not here:
         return _run(default, transposed, **how)(x, *weight)
@@ -98,17 +102,3 @@ def _known(name: str | None) -> Products:
     if name not in IMPLEMENTATIONS:
         raise QloraError(f"implementation={name!r}: expected one of {', '.join(IMPLEMENTATIONS)}")
     return IMPLEMENTATIONS[name]
-
-
-@functools.cache
-def _platforms() -> frozenset[str]:
-    """The platforms of this process: programs are lowered for these and no others."""
-    found = {device.platform for device in jax.devices()}
-    return frozenset(found | {"cpu"})
-
-
-def _missing(products: Products) -> str | None:
-    if products.platform is None or products.platform in _platforms():
-        return None
-    here = ", ".join(sorted(_platforms()))
-    return f"it runs on {products.platform}, and this process has {here}"

@@ -41,6 +41,8 @@ def main(compilers: Path) -> int:
     for name, target in TARGETS.items():
         env = environment(target.compiler, compilers.resolve() / target.compiler)
         for program in PROGRAMS[target.compiler]:
+            if (program, name) == ("train_step", "TPU v4"):
+                continue  # without a device, a step is compiled with the kernels of v5 and later
             command = [sys.executable, "-m", f"tests.compile.{program}", name]
             if subprocess.run(command, env=env, check=False).returncode:
                 failed.append(f"{name} ({program})")

@@ -1,5 +1,7 @@
 """The TPU kernels, simulated on the CPU (memory, copies, races), against float64 NumPy."""
 
+import types
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -40,7 +42,7 @@ def check(m, k, n, block, dtype, transposed, target, seed=0):
     assert (error <= 4 * eps * size + 1e-30).all(), (error / size).max() / eps
 
 
-@settings(max_examples=12, deadline=None)
+@settings(max_examples=8, deadline=None)
 @given(
     m=st.integers(1, 40),
     blocks=st.integers(1, 20),
@@ -87,6 +89,25 @@ def test_a_misfit_is_an_error():
         tpu.nf4_matmul(jnp.zeros((4, 64)), *arrays, jnp.float32)
 
 
-@pytest.mark.skipif(jax.default_backend() == "tpu", reason="this machine has a TPU")
-def test_without_a_tpu_the_newest_generation_is_meant():
+@pytest.mark.parametrize(
+    ("kind", "generation", "reason"),
+    [
+        ("TPU v3", 6, "it needs a TPU v4 or newer, this is a TPU v3"),
+        ("TPU v4", 4, None),
+        ("TPU v5 lite", 5, None),
+        ("TPU v5p", 5, None),
+        ("TPU v6 lite", 6, None),
+        ("TPU7x", 6, None),
+    ],
+)
+def test_generations(kind, generation, reason, monkeypatch):
+    device = types.SimpleNamespace(platform="tpu", device_kind=kind)
+    monkeypatch.setattr(jax, "local_devices", lambda: [device])
+    assert tpu.generation() == generation
+    assert tpu.unavailable() == reason
+
+
+def test_without_a_tpu_the_newest_generation_is_meant(monkeypatch):
+    monkeypatch.setattr(jax, "local_devices", lambda: [])
     assert tpu.generation() == max(tpu.GENERATIONS)
+    assert tpu.unavailable() == "this process has no TPU"

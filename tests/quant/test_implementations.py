@@ -27,12 +27,14 @@ def test_backends_name_every_implementation():
     found = qj.backends()
     assert set(found) == set(implementations.IMPLEMENTATIONS)
     assert found["xla"] == "available"
-    assert found["pallas_tpu"] == "it runs on tpu, and this process has cpu"
+    assert found["pallas_tpu"] == "this process has no TPU"
 
 
 def test_what_is_not_here_is_refused_by_name():
     x = jnp.ones((2, K))
-    with pytest.raises(qj.QloraError, match="'pallas_tpu' is not available: it runs on tpu"):
+    with pytest.raises(
+        qj.QloraError, match="'pallas_tpu' is not available: this process has no TPU"
+    ):
         nf4_matmul(x, quantized(), implementation="pallas_tpu")
     with pytest.raises(qj.QloraError, match="expected one of xla, pallas_tpu"):
         nf4_matmul(x, quantized(), implementation="triton")  # type: ignore[arg-type]
