@@ -49,7 +49,7 @@ def unavailable() -> str | None:
     return f"it needs a TPU v4 or newer, this is a {old.pop()}" if old else None
 
 
-def _number(device: jax.Device) -> int:
+def _number(device: Any) -> int:
     """The generation in a device's kind: "TPU v5 lite" is 5, "TPU7x" 7."""
     found = re.search(r"\d+", device.device_kind)
     return int(found[0]) if found else max(GENERATIONS)
