@@ -20,8 +20,6 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 LAYOUT = plgpu.Layout.TILED(
     plgpu.Tiling(((8, 64), (2, 64), (4,))), warp_dims=(-5,), lane_dims=(-3, -2), vector_dim=-1
 )
-WIDTH = 64  # columns of a decoded tile: the 128 bytes of the widest swizzle, in 16-bit numbers
-
 # shfl.sync's operand c: half-warps of 16 lanes (bits 8 and up hold what the lane keeps of its own
 # number, 0b10000), no clamping (0b11111).
 _HALF_WARPS = 0b10000 << 8 | 0b11111
@@ -74,9 +72,7 @@ def _shuffle(context: Any, codes: Any, table: Any) -> tuple[Any, Any]:
             four = llvm.mlir_undef(four_values)
             for byte in range(4):
                 lane = arith.shrui(word, constant(8 * byte + nibble))
-                found = nvvm.shfl_sync(
-                    every_lane, entry, lane, half_warps, nvvm.ShflKind.idx
-                )
+                found = nvvm.shfl_sync(every_lane, entry, lane, half_warps, nvvm.ShflKind.idx)
                 four = llvm.insertelement(four, arith.bitcast(f32, found), constant(byte))
             values[index] = four
     return tuple(

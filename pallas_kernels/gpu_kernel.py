@@ -1,16 +1,15 @@
-"""The body of the Mosaic GPU kernels: y^T = W^T x^T, or W g^T, W decoded tile by tile.
+"""The kernel on Hopper GPUs: y^T = W^T x^T, or W x^T, with W decoded tile by tile.
 
-W is the left operand, so that the rows of x, often few, are the short side of wgmma: it multiplies
-64 rows of its left operand by 8 to 256 columns of the right one.
+W is the left operand, so that the rows of x, often few, are the side of wgmma that may be short:
+it multiplies 64 rows of its left operand by 8 to 256 columns of its right one.
 
-A block has three warpgroups. One brings tiles of x, codes and scales into shared memory (TMA,
-several steps ahead); two decode one tile of W each, [rows, 64], leave it in shared memory and let
-the tensor cores multiply it while they decode the next one into a second buffer. (W could stay in
-registers for W g^T, where neighbours in memory are neighbours in the sum; for W^T x^T they are
-not, and a transposition through shared memory is what storing it is.)
+A thread block has three warpgroups. One brings tiles of x, codes and scales into shared memory
+(TMA, several steps ahead). The two others decode a tile of W each, leave it in shared memory and,
+while the tensor cores multiply it, decode the next one into a second buffer. (For W x^T, where
+neighbours in memory are neighbours in the sum, W could go to wgmma from registers; for W^T x^T they
+are not, and storing the tile is its transposition. One way serves both.)
 """
 
-import dataclasses
 import functools
 from typing import Any
 
@@ -19,24 +18,11 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels.gpu_decode import LAYOUT, WIDTH, lookup
+from pallas_kernels.gpu_decode import LAYOUT, lookup
+from pallas_kernels.gpu_tiles import WARPGROUPS, WIDTH, Tiles
 
-WARPGROUPS = 2  # that compute
-
-
-@dataclasses.dataclass(frozen=True)
-class Tiles:
-    """How the work is cut.
-
-    m: rows of x a thread block takes. rows: rows of W (k) a warpgroup decodes in a step, by 64
-    columns. splits: into how many parts, summed afterwards, the contraction is cut. stages: steps
-    of TMA in flight.
-    """
-
-    m: int
-    rows: int
-    splits: int
-    stages: int
+# Registers of a thread that only copies; the others share what it leaves.
+_COPYING_REGISTERS = 40
 
 
 def multiply(
@@ -46,127 +32,131 @@ def multiply(
     table: jax.Array,
     out_dtype: Any,
     tiles: Tiles,
-    transposed: bool,
-    interpret: Any,
+    interpret: Any = False,
 ) -> jax.Array:
-    """x [M, K] (transposed: [M, N]) -> partial sums [splits, M, N] (transposed: [.., M, K]).
+    """x [M, K] (tiles.transposed: [M, N]) -> sums of the parts [splits, M, N] (or [.., M, K]).
 
-    packed uint8 [K/2, N], scales fp32 [K/block, N], table fp32 [128].
+    packed uint8 [K/2, N], scales fp32 [K/block, N], table fp32 [128] from `lane_table`. TMA wants
+    M in eights, K and N in 64s; otherwise they may be ragged: it reads zeros beyond the arrays,
+    where a zero scale makes any code a zero, and writes nothing there.
     """
-    m = x.shape[0]
-    k, n = 2 * packed.shape[0], packed.shape[1]
+    m, k, n = x.shape[0], 2 * packed.shape[0], packed.shape[1]
     block = k // scales.shape[0]
-    rows = tiles.rows
-    # A step of the block: step_k x step_n of W; of these the warpgroups share the outputs.
-    step_k, step_n = (WARPGROUPS * rows, WIDTH) if transposed else (rows, WARPGROUPS * WIDTH)
-    contracted, step, outputs, step_out = (
-        (n, step_n, k, step_k) if transposed else (k, step_k, n, step_n)
-    )
-    wg_out = rows if transposed else WIDTH
-    steps = pl.cdiv(pl.cdiv(contracted, step), tiles.splits)
-    piece = min(tiles.m, 64)  # rows of x that leave at once
-
-    def kernel(x_gmem, codes_gmem, scales_gmem, table_gmem, out_gmem, out_smem, w_smem, *copies):
-        warpgroup = jax.lax.axis_index("wg")
-        split = jax.lax.axis_index("split")
-        m_start = jax.lax.axis_index("m") * tiles.m
-        out_start = jax.lax.axis_index("out") * step_out
-
-        def step_body(indices, x_smem, codes_smem, scales_smem, carry):
-            acc, values = carry
-            (i,) = indices
-            w = w_smem.at[warpgroup, jax.lax.rem(i, 2)]
-            for b in range(rows // block):
-                if transposed:
-                    first, columns = warpgroup * (rows // block) + b, pl.ds(0, WIDTH)
-                else:
-                    first, columns = b, pl.ds(warpgroup * WIDTH, WIDTH)
-                half = block // 2
-                codes = plgpu.layout_cast(codes_smem[pl.ds(first * half, half), columns], LAYOUT)
-                scale = plgpu.layout_cast(scales_smem[first, columns], LAYOUT.reduce(0))
-                scale = jax.lax.broadcast_in_dim(scale, codes.shape, (1,))
-                scale = plgpu.layout_cast(scale, LAYOUT)
-                for part, value in enumerate(lookup(codes, values, bool(interpret))):
-                    decoded = (value * scale).astype(x.dtype)
-                    w[pl.ds(b * block + part * half, half), :] = decoded
-            plgpu.commit_smem()
-            _wgmma(acc, w, x_smem, transposed, copies)
-            plgpu.wgmma_wait(1)
-            return acc, values
-
-        def compute(run_pipeline):
-            @functools.partial(pl.run_scoped, acc=plgpu.ACC((wg_out, tiles.m), jnp.float32))
-            def _(acc):
-                run_pipeline((acc, table_gmem[...]))
-                y = acc[...].astype(out_dtype)  # waits for the last wgmma
-                for start in range(0, tiles.m, piece):
-                    plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-                    _store_transposed(
-                        out_smem.at[warpgroup], y[:, start : start + piece], bool(interpret)
-                    )
-                    plgpu.commit_smem()
-                    plgpu.copy_smem_to_gmem(
-                        out_smem.at[warpgroup],
-                        out_gmem.at[
-                            split,
-                            pl.ds(m_start + start, piece),
-                            pl.ds(out_start + warpgroup * wg_out, wg_out),
-                        ],
-                    )
-
-        first_step = split * steps
-        step_of = (lambda i: (0, i)) if transposed else (lambda i: (i, 0))
-        pipeline = plgpu.emit_pipeline_warp_specialized(
-            step_body,
-            grid=(steps,),
-            memory_registers=40,
-            in_specs=[
-                _tile((tiles.m, step), lambda i: (0, i), _swizzled(x.dtype)),
-                _tile((step_k // 2, step_n), step_of, _swizzled(jnp.uint8, 64)),
-                _tile((step_k // block, step_n), step_of, ()),
-            ],
-            wg_axis="wg",
-            num_compute_wgs=WARPGROUPS,
-            max_concurrent_steps=tiles.stages,
-            compute_context=compute,
-        )
-        # Beyond the arrays TMA reads zeros, and a zero scale makes any code a zero.
-        inner = lambda per_step: pl.ds(first_step * per_step, steps * per_step)  # noqa: E731
-        outer = lambda size: pl.ds(jax.lax.axis_index("out") * size, size)  # noqa: E731
-        part = (
-            (lambda size: (outer(size), inner(step_n)))
-            if transposed
-            else (lambda size: (inner(size), outer(step_n)))
-        )
-        pipeline(
-            x_gmem.at[pl.ds(m_start, tiles.m), inner(step)],
-            codes_gmem.at[part(step_k // 2)],
-            scales_gmem.at[part(step_k // block)],
-        )
-        plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-
-    scratch = [
-        plgpu.SMEM((WARPGROUPS, piece, wg_out), out_dtype, transforms=_swizzled(out_dtype)),
-        plgpu.SMEM((WARPGROUPS, 2, rows, WIDTH), x.dtype, transforms=_swizzled(x.dtype)),
-    ]
-    if interpret:
-        scratch += [
-            plgpu.SMEM((WARPGROUPS, wg_out, step), x.dtype),
-            plgpu.SMEM((WARPGROUPS, step, tiles.m), x.dtype),
-        ]
+    outputs = k if tiles.transposed else n
+    leaving = min(tiles.m, 64)  # rows of y that go through shared memory at once
+    scratch = {
+        "y_smem": _shared((WARPGROUPS, leaving, tiles.outputs), out_dtype),
+        # Two tiles a warpgroup: one is decoded while the tensor cores read the other.
+        "w_smem": _shared((WARPGROUPS, 2, tiles.rows, WIDTH), x.dtype),
+    }
+    if interpret:  # see _wgmma
+        scratch["w_copy"] = plgpu.SMEM((WARPGROUPS, tiles.outputs, tiles.contraction), x.dtype)
+        scratch["x_copy"] = plgpu.SMEM((WARPGROUPS, tiles.contraction, tiles.m), x.dtype)
+    body = functools.partial(_kernel, tiles=tiles, block=block, leaving=leaving)
     return plgpu.kernel(
-        kernel,
+        body,
         out_type=jax.ShapeDtypeStruct((tiles.splits, m, outputs), out_dtype),
         scratch_types=scratch,
-        grid=(tiles.splits, pl.cdiv(outputs, step_out), pl.cdiv(m, tiles.m)),
+        grid=(
+            tiles.splits,
+            pl.cdiv(outputs, WARPGROUPS * tiles.outputs),
+            pl.cdiv(m, tiles.m),  # innermost: blocks that run together share W's tiles in cache
+        ),
         grid_names=("split", "out", "m"),
         num_threads=WARPGROUPS + 1,
-        thread_name="wg",
-        compiler_params=plgpu.CompilerParams(
-            lowering_semantics=plgpu.LoweringSemantics.Lane
-        ),
+        thread_name="warpgroup",
+        kernel_name="nf4_matmul_transposed" if tiles.transposed else "nf4_matmul",
+        compiler_params=plgpu.CompilerParams(lowering_semantics=plgpu.LoweringSemantics.Lane),
         interpret=interpret,
     )(x, packed, scales, table)
+
+
+def _kernel(
+    x_gmem: Any,
+    codes_gmem: Any,
+    scales_gmem: Any,
+    table_gmem: Any,
+    y_gmem: Any,
+    *,
+    y_smem: Any,
+    w_smem: Any,
+    tiles: Tiles,
+    block: int,
+    leaving: int,
+    **copies: Any,
+) -> None:
+    simulated = bool(copies)
+    split, out = jax.lax.axis_index("split"), jax.lax.axis_index("out")
+    x_rows = jax.lax.axis_index("m") * tiles.m
+    warpgroup = jax.lax.axis_index("warpgroup")
+
+    def step(indices: Any, x_smem: Any, codes_smem: Any, scales_smem: Any, carry: Any) -> Any:
+        acc, table = carry
+        w = w_smem.at[warpgroup, jax.lax.rem(indices[0], 2)]
+        blocks = tiles.rows // block
+        for b in range(blocks):
+            # This warpgroup's block b among those of the step: its share is rows or columns.
+            if tiles.transposed:
+                here, columns = warpgroup * blocks + b, pl.ds(0, WIDTH)
+            else:
+                here, columns = b, pl.ds(warpgroup * WIDTH, WIDTH)
+            half = block // 2
+            codes = _cast(codes_smem[pl.ds(here * half, half), columns], LAYOUT, simulated)
+            scale = _cast(scales_smem[here, columns], LAYOUT.reduce(0), simulated)
+            scale = jax.lax.broadcast_in_dim(scale, codes.shape, (1,))
+            scale = _cast(scale, LAYOUT, simulated)
+            for part, values in enumerate(lookup(codes, table, simulated)):
+                # One product in fp32, rounded once: the numbers of reference.dequantize.
+                w[pl.ds(b * block + part * half, half), :] = (values * scale).astype(w.dtype)
+        plgpu.commit_smem()  # lets the tensor cores see what the threads have written
+        _wgmma(acc, w, x_smem, tiles.transposed, **copies)
+        # The step before is finished, this one goes on while the next is decoded.
+        plgpu.wgmma_wait(1)
+        return acc, table
+
+    def compute(run: Any) -> None:
+        @functools.partial(pl.run_scoped, acc=plgpu.ACC((tiles.outputs, tiles.m), jnp.float32))
+        def _(acc: Any) -> None:
+            run((acc, table_gmem[...]))
+            y = acc[...].astype(y_gmem.dtype)  # waits for the last multiplication
+            mine = y_smem.at[warpgroup]
+            columns = pl.ds((out * WARPGROUPS + warpgroup) * tiles.outputs, tiles.outputs)
+            for start in range(0, tiles.m, leaving):
+                plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+                _store_transposed(mine, y[:, start : start + leaving], simulated)
+                plgpu.commit_smem()
+                rows = pl.ds(x_rows + start, leaving)
+                plgpu.copy_smem_to_gmem(mine, y_gmem.at[split, rows, columns])
+
+    def part(per_step: int) -> Any:  # of the contraction, for this split
+        return pl.ds(split * tiles.steps * per_step, tiles.steps * per_step)
+
+    def weight(rows: int) -> Any:  # of an array with `rows` rows a step
+        if tiles.transposed:
+            return pl.ds(out * rows, rows), part(tiles.step_n)
+        return part(rows), pl.ds(out * tiles.step_n, tiles.step_n)
+
+    along = (lambda i: (0, i)) if tiles.transposed else (lambda i: (i, 0))
+    code_rows, scale_rows = tiles.step_k // 2, tiles.step_k // block
+    plgpu.emit_pipeline_warp_specialized(
+        step,
+        grid=(tiles.steps,),
+        memory_registers=_COPYING_REGISTERS,
+        in_specs=[
+            _tile((tiles.m, tiles.contraction), lambda i: (0, i), _swizzled(x_gmem.dtype)),
+            _tile((code_rows, tiles.step_n), along, _swizzled(jnp.uint8, WIDTH)),
+            _tile((scale_rows, tiles.step_n), along),
+        ],
+        wg_axis="warpgroup",
+        num_compute_wgs=WARPGROUPS,
+        max_concurrent_steps=tiles.stages,
+        compute_context=compute,
+    )(
+        x_gmem.at[pl.ds(x_rows, tiles.m), part(tiles.contraction)],
+        codes_gmem.at[weight(code_rows)],
+        scales_gmem.at[weight(scale_rows)],
+    )
+    plgpu.wait_smem_to_gmem(0, wait_read_only=True)
 
 
 def _swizzled(dtype: Any, swizzle: int = 128) -> tuple[Any, ...]:
@@ -175,31 +165,42 @@ def _swizzled(dtype: Any, swizzle: int = 128) -> tuple[Any, ...]:
     return plgpu.TilingTransform(tile), plgpu.SwizzleTransform(swizzle)
 
 
-def _tile(shape: tuple[int, int], index_map: Any, transforms: tuple[Any, ...]) -> Any:
+def _shared(shape: tuple[int, ...], dtype: Any) -> Any:
+    return plgpu.SMEM(shape, dtype, transforms=_swizzled(dtype))
+
+
+def _tile(shape: tuple[int, int], index_map: Any, transforms: tuple[Any, ...] = ()) -> Any:
     # The tensor cores read a step's x during the next step: it is given back one step later.
     return plgpu.BlockSpec(shape, index_map, transforms=transforms, delay_release=1)
 
 
-def _wgmma(acc: Any, w: Any, x: Any, transposed: bool, copies: Any) -> None:
-    """acc [outputs, m] += W^T x^T (transposed: W x^T) of w [k, n] and x [m, contracted].
-
-    The interpreter multiplies nothing that is transposed by its reference, so it gets copies.
-    """
-    if copies:
-        w_copy, x_copy = (copy.at[jax.lax.axis_index("wg")] for copy in copies)
-        w_copy[...] = w[...] if transposed else w[...].T
-        x_copy[...] = x[...].T
-        plgpu.wgmma(acc, w_copy, x_copy)
-        return
-    w = w if transposed else plgpu.transpose_ref(w, (1, 0))
-    plgpu.wgmma(acc, w, plgpu.transpose_ref(x, (1, 0)))
+# What JAX's interpreter does not know (registers laid out over threads, operands transposed where
+# they lie) is said in other words for it, here and in gpu_decode.lookup, and nowhere else.
 
 
-def _store_transposed(ref: Any, y: jax.Array, interpret: bool) -> None:
+def _cast(value: jax.Array, layout: Any, simulated: bool) -> jax.Array:
+    return value if simulated else plgpu.layout_cast(value, layout)
+
+
+def _wgmma(
+    acc: Any, w: Any, x: Any, transposed: bool, w_copy: Any = None, x_copy: Any = None
+) -> None:
+    """acc [outputs, m] += W^T x^T (transposed: W x^T) of w [k, n] and x [m, contraction]."""
+    if w_copy is not None and x_copy is not None:
+        here = jax.lax.axis_index("warpgroup")
+        w_copy[here] = w[...] if transposed else w[...].T
+        x_copy[here] = x[...].T
+        plgpu.wgmma(acc, w_copy.at[here], x_copy.at[here])
+    else:
+        w = w if transposed else plgpu.transpose_ref(w, (1, 0))
+        plgpu.wgmma(acc, w, plgpu.transpose_ref(x, (1, 0)))
+
+
+def _store_transposed(ref: Any, y: jax.Array, simulated: bool) -> None:
     """y [outputs, m], as wgmma leaves it, into ref [m, outputs]."""
-    if interpret:
+    if simulated:
         ref[...] = y.T
     else:
-        # A layout in which neighbours along the outputs share a thread: they are stored as one.
+        # In this layout neighbours along the outputs share a thread and are stored as one word.
         y = plgpu.layout_cast(y, plgpu.Layout.WGMMA_TRANSPOSED)
         plgpu.transpose_ref(ref, (1, 0))[...] = y
