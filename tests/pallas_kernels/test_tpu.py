@@ -42,11 +42,11 @@ def check(m, k, n, block, dtype, transposed, target, seed=0):
     assert (error <= 4 * eps * size + 1e-30).all(), (error / size).max() / eps
 
 
-@settings(max_examples=8, deadline=None)
+@settings(max_examples=6, deadline=None)
 @given(
     m=st.integers(1, 40),
-    blocks=st.integers(1, 20),
-    n=st.integers(1, 600),
+    blocks=st.integers(1, 12),
+    n=st.integers(1, 300),
     block=st.sampled_from([32, 64, 128]),
     dtype=st.sampled_from([jnp.bfloat16, jnp.float32]),
     transposed=st.booleans(),
@@ -61,9 +61,9 @@ def test_any_shape(m, blocks, n, block, dtype, transposed, target, seed):
 @pytest.mark.parametrize(
     ("m", "k", "n", "block"),
     [
-        pytest.param(1100, 576, 640, 64, id="several blocks of rows, ragged everywhere"),
-        pytest.param(3, 2112, 128, 64, id="ragged contraction, few rows"),
-        pytest.param(20, 4096, 136, 2048, id="large blocks"),
+        pytest.param(1100, 576, 320, 64, id="several blocks of rows, ragged everywhere"),
+        pytest.param(3, 1088, 128, 64, id="ragged contraction, few rows"),
+        pytest.param(20, 2048, 136, 1024, id="large blocks"),
     ],
 )
 def test_tiles(m, k, n, block, transposed):
@@ -75,8 +75,9 @@ def test_what_lies_beyond_the_arrays_does_not_matter(transposed):
     """A contraction that ends within a tile: the simulator fills the rest with NaN."""
     params = pltpu.InterpretParams(uninitialized_memory="nan")
     rng = np.random.default_rng(1)
-    arrays, dense = weight(rng, 576, 576, 64)
-    x = jnp.asarray(rng.normal(size=(16, 576)), jnp.float32)
+    k, n = (128, 576) if transposed else (1088, 128)
+    arrays, dense = weight(rng, k, n, 64)
+    x = jnp.asarray(rng.normal(size=(16, n if transposed else k)), jnp.float32)
     kernel = tpu.nf4_matmul_transposed if transposed else tpu.nf4_matmul
     got = kernel(x, *arrays, jnp.float32, "highest", interpret=params, target=5)
     want = np.asarray(x, np.float64) @ (dense.T if transposed else dense)
