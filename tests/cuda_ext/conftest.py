@@ -1,0 +1,52 @@
+"""The CUDA kernels of cuda_ext, compiled for a CPU that plays the GPU (simulator/), and registered
+with XLA for the CPU under their own names: the same sources, handlers and Python."""
+
+import hashlib
+import os
+import shutil
+import subprocess
+from pathlib import Path
+
+import jax
+import pytest
+from qlora_cuda import library
+
+ROOT = Path(__file__).resolve().parents[2]
+SOURCES = ROOT / "cuda_ext" / "src"
+SIMULATOR = Path(__file__).parent / "simulator"
+
+
+def build(compiler: str) -> Path:
+    """The simulated library, compiled where the sources have changed."""
+    include = Path(jax.ffi.include_dir())
+    files = sorted([*SOURCES.rglob("*.*"), *SIMULATOR.rglob("*.*")])
+    text = b"".join(file.read_bytes() for file in files) + str(include).encode()
+    folder = ROOT / ".cache" / "simulator" / hashlib.sha256(text).hexdigest()[:16]
+    path = folder / "libqlora_cuda.so"
+    if path.exists():
+        return path
+    folder.mkdir(parents=True, exist_ok=True)
+    flags = ["-std=c++17", "-O2", "-fPIC", "-ffp-contract=off", "-Wall", "-Wextra", "-Werror"]
+    flags += ["-Wno-unknown-pragmas", f"-I{SIMULATOR}", f"-I{SOURCES}", f"-isystem{include}"]
+    flags += ["-include", str(SIMULATOR / "stream.h"), "-x", "c++", "-c"]
+    objects = []
+    running = []
+    for source in sorted([*SOURCES.glob("*.cu"), *SOURCES.glob("*.cc")]):
+        objects.append(folder / f"{source.name}.o")
+        running.append(subprocess.Popen([compiler, *flags, source, "-o", objects[-1]]))
+    assert not any(process.wait() for process in running), "the simulated kernels do not compile"
+    partial = folder / f"{os.getpid()}.so"
+    subprocess.run([compiler, "-shared", "-o", partial, *objects], check=True)
+    partial.rename(path)  # whole, or not there
+    return path
+
+
+@pytest.fixture(scope="session")
+def simulated() -> Path:
+    """Makes qlora_cuda's functions run on the CPU; gives the path of the library."""
+    compiler = os.environ.get("CXX") or shutil.which("g++") or shutil.which("clang++")
+    if compiler is None:
+        pytest.skip("the CUDA kernels are simulated with a C++ compiler (g++ or clang++): none here")
+    path = build(compiler)
+    library.register(path, platform="cpu")
+    return path

@@ -1,0 +1,49 @@
+"""The CUDA kernels that round a weight to 4 bits and make it dense again, to the bit."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import qlora_cuda
+
+from pallas_kernels import reference
+from qlora_jax.quant import FP4, NF4, quantize
+from qlora_jax.quant.config import levels
+from tests.cuda_ext import problem
+
+pytestmark = pytest.mark.usefixtures("simulated")
+DTYPES = ["float32", "bfloat16", "float16"]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("block", [32, 64, 512])
+def test_dequantize(dtype, block):
+    arrays, _ = problem.weight(np.random.default_rng(0), 1024, 48, block)
+    got = qlora_cuda.dequantize(*arrays, dtype=dtype)
+    assert got.dtype == dtype
+    np.testing.assert_array_equal(got, reference.dequantize(*arrays, dtype))
+
+
+def test_dequantize_with_double_quantized_scales():
+    rng = np.random.default_rng(1)
+    (codes, _, codebook), _ = problem.weight(rng, 256, 80, 64)
+    (scales, *nested), absmax = problem.double_quantized(rng, 4, 80)
+    got = qlora_cuda.dequantize(codes, scales, codebook, *nested, dtype="float32")
+    np.testing.assert_array_equal(got, reference.dequantize(codes, absmax, codebook, "float32"))
+
+
+@pytest.mark.parametrize("config", [NF4(64, False), FP4(64, False), NF4(32, False), FP4(512, False)])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_quantize(config, dtype):
+    x = np.array(jax.random.normal(jax.random.key(0), (1100, 32)))  # K no multiple of the block
+    x[:64] = 0  # blocks of zeros
+    x[64, 1] = 1e4  # an outlier
+    ascending = np.sort(levels(config.codebook))
+    x[128:143, 2] = (ascending[1:] + ascending[:-1]) / 2  # ties, where the largest is 1
+    x[128 : 128 + config.block_size, 2].clip(-1, 1, out=x[128 : 128 + config.block_size, 2])
+    x[143, 2] = 1
+    x = jnp.asarray(x, dtype)
+    codes, absmax = qlora_cuda.quantize(x, levels(config.codebook), config.block_size)
+    want = quantize(x, config)
+    np.testing.assert_array_equal(absmax, want.scales)
+    np.testing.assert_array_equal(codes, want.codes)
