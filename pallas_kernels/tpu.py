@@ -2,7 +2,7 @@
 
 A weight is laid out as `reference.py` says. Each grid step decodes one tile of W and multiplies a
 whole block of rows by it, so that decoding, which the vector unit does while the matrix unit
-multiplies, is shared by all of them.
+multiplies, is shared by all of them. For few rows `tpu_few.py` has a step of its own.
 """
 
 import dataclasses
@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
+from pallas_kernels import tpu_few
 from pallas_kernels.tpu_decode import LANES, decode_tile, level_table, zero_beyond
 
 
@@ -108,10 +109,11 @@ def _call(
         raise ValueError(f"x {x.shape} does not fit a weight of {k} x {n}, {transposed=}")
     block = k // scales.shape[0]
     known = GENERATIONS[target]
+    few = m <= tpu_few.MOST_ROWS and x.dtype == jnp.bfloat16 and block % 64 == 0 and not transposed
     side_k, side_n = (WIDTH, DEPTH) if transposed else (DEPTH, WIDTH)
     tile_n = min(side_n, _up(n, LANES))
     # Whole blocks, so that a tile's bytes hold a contiguous stretch of K.
-    tile_k = min(max(side_k, block), k)
+    tile_k = tpu_few.tile_depth(k, block) if few else min(max(side_k, block), k)
     # A tall tile (of large blocks) leaves room for fewer rows, and so does fp32.
     room = known.rows * side_k // max(tile_k, side_k) * 2 // x.dtype.itemsize
     tile_m = min(room, _up(m, 16))
@@ -129,18 +131,25 @@ def _call(
         return along_k, 0, along_n
 
     by_eight = tile_k // block % 8 == 0
-    table = level_table(codebook, known.sublanes)
+    steps, ragged = pl.cdiv(contracted, tile_in), contracted % tile_in != 0
+    if few:
+        table = tpu_few.level_tables(codebook, target)
+        add_product = functools.partial(
+            tpu_few.add_product, size=k if ragged else None, rows=_up(m, 8), target=target
+        )
+        # All of x, lest it be fetched again for every column of tiles.
+        x_spec = pl.BlockSpec((tile_m, steps * tile_in), lambda i, out, inner: (i, 0))
+    else:
+        table = level_table(codebook, known.sublanes)
+        add_product = functools.partial(
+            _add_product, transposed=transposed, size=(k, n), ragged=ragged, precision=precision
+        )
+        x_spec = pl.BlockSpec((tile_m, tile_in), lambda i, out, inner: (i, inner))
     return pl.pallas_call(
-        functools.partial(
-            _kernel,
-            transposed=transposed,
-            size=(k, n),
-            ragged=contracted % tile_in != 0,
-            precision=precision,
-        ),
-        grid=(pl.cdiv(m, tile_m), pl.cdiv(out_size, tile_out), pl.cdiv(contracted, tile_in)),
+        functools.partial(_accumulate, add_product),
+        grid=(pl.cdiv(m, tile_m), pl.cdiv(out_size, tile_out), steps),
         in_specs=[
-            pl.BlockSpec((tile_m, tile_in), lambda i, out, inner: (i, inner)),
+            x_spec,
             pl.BlockSpec((tile_k // 2, tile_n), of_weight),
             # Three axes, since the last two of a tile must be whole or multiples of 8 x 128.
             pl.BlockSpec((tile_k // block, tile_n), of_weight)
@@ -160,30 +169,39 @@ def _call(
     )(x, packed, scales if by_eight else scales[:, None], table)
 
 
-def _kernel(
-    x_ref: Any,
-    codes_ref: Any,
-    scales_ref: Any,
-    table_ref: Any,
-    out_ref: Any,
-    sum_ref: Any,
-    *,
-    transposed: bool,
-    size: tuple[int, int],
-    ragged: bool,
-    precision: Any,
-) -> None:
+def _accumulate(add_product: Any, *refs: Any) -> None:
+    """A grid step: the sum starts at zero, gains a product, and is written out in the end."""
+    *inputs, out_ref, sum_ref = refs
     step = pl.program_id(2)
 
     @pl.when(step == 0)
     def _() -> None:
         sum_ref[...] = jnp.zeros_like(sum_ref)
 
+    add_product(sum_ref, *inputs)
+
+    @pl.when(step == pl.num_programs(2) - 1)
+    def _() -> None:
+        out_ref[...] = sum_ref[...].astype(out_ref.dtype)
+
+
+def _add_product(
+    sum_ref: Any,
+    x_ref: Any,
+    codes_ref: Any,
+    scales_ref: Any,
+    table_ref: Any,
+    *,
+    transposed: bool,
+    size: tuple[int, int],
+    ragged: bool,
+    precision: Any,
+) -> None:
     x, scales = x_ref[...], scales_ref[...].reshape(-1, scales_ref.shape[-1])
     if ragged:
         # The last tile reaches beyond the arrays; what lies there may be anything, NaN too.
         axis = 1 if transposed else 0
-        left = size[axis] - step * x.shape[1]
+        left = size[axis] - pl.program_id(2) * x.shape[1]
         x = zero_beyond(x, left, axis=1)
         block = 2 * codes_ref.shape[0] // scales.shape[0]
         scales = zero_beyond(scales, left if transposed else jax.lax.div(left, block), axis=axis)
@@ -192,10 +210,6 @@ def _kernel(
     sum_ref[...] += jax.lax.dot_general(
         x, w, dims, precision=precision, preferred_element_type=jnp.float32
     )
-
-    @pl.when(step == pl.num_programs(2) - 1)
-    def _() -> None:
-        out_ref[...] = sum_ref[...].astype(out_ref.dtype)
 
 
 def _up(size: int, multiple: int) -> int:

@@ -33,17 +33,18 @@ def look_up(table: jax.Array, codes: jax.Array) -> jax.Array:
         for c in range(0, codes.shape[1], LANES):
             register = codes[r : r + SUBLANES, c : c + LANES]
             if table.shape[0] == SUBLANES:
-                row.append(_gather(table, register, axis=1))
+                row.append(gather(table, register, axis=1))
             else:
                 three_bits = register & 7
-                low = _gather(table[:SUBLANES], three_bits, axis=0)
-                high = _gather(table[SUBLANES:], three_bits, axis=0)
+                low = gather(table[:SUBLANES], three_bits, axis=0)
+                high = gather(table[SUBLANES:], three_bits, axis=0)
                 row.append(jnp.where(register > 7, high, low))
         rows.append(jnp.concatenate(row, axis=1))
     return jnp.concatenate(rows)
 
 
-def _gather(table: jax.Array, indices: jax.Array, axis: int) -> jax.Array:
+def gather(table: jax.Array, indices: jax.Array, axis: int) -> jax.Array:
+    """Of one register, as the chip does it: indices and table have the same shape."""
     return jnp.take_along_axis(table, indices, axis=axis, mode="promise_in_bounds")
 
 

@@ -11,7 +11,7 @@ from jax.core import Tracer
 
 from pallas_kernels import reference
 from qlora_jax.errors import QloraError
-from qlora_jax.quant import blockwise
+from qlora_jax.quant import blockwise, codebooks
 from qlora_jax.quant.config import CodebookName, QuantConfig, levels
 
 
@@ -69,7 +69,14 @@ class QuantizedArray:
         """The scales in fp32 [..., Kp/block_size, N]."""
         if self.nested is None:
             return self.scales
-        return blockwise.dequantize_scales(self.scales, self.nested, self.offset)
+        return blockwise.dequantize_scales(self.scales, *self.nested_scales())
+
+    def nested_scales(self) -> tuple[jax.Array, ...]:
+        """What uint8 scales need to be read: nested absmax, offset, and the levels of their codes;
+        nothing where scales are fp32."""
+        if self.nested is None:
+            return ()
+        return self.nested, self.offset, jnp.asarray(codebooks.dynamic_8bit())
 
     def matrix(self, dtype: Any = None) -> jax.Array:
         """Dense [..., K, N] of `dtype` (the original dtype by default)."""

@@ -1,5 +1,8 @@
 """Rounding blocks of numbers to a code book by the rules of bitsandbytes, in plain JAX."""
 
+from collections.abc import Sequence
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -78,16 +81,40 @@ def quantize_scales(absmax: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]
     return jnp.swapaxes(codes, -1, -2), nested, offset
 
 
-def dequantize_scales(codes: jax.Array, nested: jax.Array, offset: jax.Array) -> jax.Array:
+def dequantize_scales(
+    codes: jax.Array, nested: jax.Array, offset: jax.Array, levels: jax.Array
+) -> jax.Array:
     """The inverse of `quantize_scales`, up to its rounding: fp32 absmax [..., K/b, N].
+
+    levels fp32 [256]: what the codes stand for (an argument, so that a caller whose own operands
+    must be explicit can hand it through).
 
     Op by op this has bitsandbytes' bits; under jit XLA may contract it into a fused multiply-add,
     which rounds once instead of twice and so differs in the last bit.
     """
     *lead, rows, n = codes.shape
-    table = jnp.asarray(codebooks.dynamic_8bit())
     indices = jnp.swapaxes(codes, -1, -2).reshape(*lead, n * rows)
-    flat = table.at[indices].get(mode="promise_in_bounds")
+    flat = levels.at[indices].get(mode="promise_in_bounds")
     spread = jnp.repeat(nested, NESTED_BLOCK, axis=-1)[..., : n * rows]
     absmax = flat * spread + offset[..., None]
     return jnp.swapaxes(absmax.reshape(*lead, n, rows), -1, -2)
+
+
+def dequantize_scales_at(
+    codes: jax.Array,
+    nested: jax.Array,
+    offset: jax.Array,
+    levels: jax.Array,
+    *,
+    first: Sequence[Any],
+    rows: int,
+) -> jax.Array:
+    """The fp32 scales of a part of one weight: `codes` [r, n] from place `first` (row, column) on.
+
+    nested and offset are those of the whole weight, whose scales have `rows` rows.
+    """
+    row = first[0] + jnp.arange(codes.shape[0], dtype=jnp.int32)
+    column = first[1] + jnp.arange(codes.shape[1], dtype=jnp.int32)
+    group = (column[None, :] * rows + row[:, None]) // NESTED_BLOCK
+    absmax = nested.at[group].get(mode="promise_in_bounds")
+    return levels.at[codes].get(mode="promise_in_bounds") * absmax + offset

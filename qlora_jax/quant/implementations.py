@@ -1,45 +1,92 @@
 """Which code computes a 4-bit matmul: one contract, several implementations.
 
-Each is a pair of functions over plain arrays, (x [M, K], codes, scales, codebook, out_dtype,
-precision) -> [M, N] and the transposed product, with the meaning that pallas_kernels.reference
-gives them.
+Each is a pair of functions over plain arrays, (x [M, K], codes, scales, codebook, *nested) ->
+[M, N] and the transposed product, with the meaning that pallas_kernels.reference gives them.
+nested: nothing where scales are fp32, else the nested absmax, the offset and the levels of uint8
+scales.
 """
 
 import contextlib
 import contextvars
 import functools
 from collections.abc import Callable, Iterator
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, get_args
 
 import jax
+import jax.numpy as jnp
 
-from pallas_kernels import reference, tpu
+from pallas_kernels import gpu, reference, tpu
 from qlora_jax.errors import QloraError
+from qlora_jax.quant import blockwise, cuda
 from qlora_jax.quant.kernel_call import kernel_call
 
-Implementation = Literal["xla", "pallas_tpu"]
+Implementation = Literal["xla", "pallas_tpu", "pallas_gpu", "cuda"]
 
 
 class Products(NamedTuple):
-    """The two products of an implementation, and the only platform on which they run."""
+    """The two products of an implementation, where they run and what they take.
+
+    platform: the only one on which they run, as JAX lowers for it. unavailable: why they do not run
+    on this machine, or None. unsupported(k, n, block_size, dtype of x): why they do not take that,
+    or None. by_default: whether the platform chooses them; otherwise only their name does.
+    """
 
     matmul: Callable[..., jax.Array]
     transposed: Callable[..., jax.Array]
     platform: str | None = None
-    dtypes: tuple[str, ...] = ()
     unavailable: Callable[[], str | None] = lambda: None
+    unsupported: Callable[[int, int, int, Any], str | None] = lambda *_: None
+    by_default: bool = True
+
+
+def _plain(product: Callable[..., jax.Array]) -> Callable[..., jax.Array]:
+    """`product` in JAX's own operations, which vmap and the compiler's sharding see through."""
+
+    def call(
+        x: jax.Array, codes: jax.Array, scales: jax.Array, codebook: jax.Array,
+        *nested: jax.Array, **how: Any,
+    ) -> jax.Array:  # fmt: skip
+        if nested:
+            scales = blockwise.dequantize_scales(scales, *nested)
+        return product(x, codes, scales, codebook, **how)
+
+    return call
+
+
+def _floats_only(k: int, n: int, block_size: int, dtype: Any) -> str | None:
+    name = jnp.dtype(dtype).name
+    takes = ("bfloat16", "float32")
+    return None if name in takes else f"x must be {' or '.join(takes)}, got {name}"
 
 
 IMPLEMENTATIONS: dict[str, Products] = {
-    "xla": Products(reference.nf4_matmul, reference.nf4_matmul_transposed),
+    "xla": Products(_plain(reference.nf4_matmul), _plain(reference.nf4_matmul_transposed)),
     "pallas_tpu": Products(
         kernel_call(tpu.nf4_matmul, transposed=False),
         kernel_call(tpu.nf4_matmul_transposed, transposed=True),
         platform="tpu",
-        dtypes=("bfloat16", "float32"),
         unavailable=tpu.unavailable,
+        unsupported=_floats_only,
+    ),
+    "cuda": Products(
+        kernel_call(cuda.nf4_matmul, transposed=False, nested_rows=16),
+        kernel_call(cuda.nf4_matmul_transposed, transposed=True),
+        platform="cuda",
+        unavailable=cuda.unavailable,
+        unsupported=cuda.unsupported,
+    ),
+    # By name until a Hopper GPU has run it: what its simulation cannot see is said in
+    # tests/pallas_kernels/test_gpu.py.
+    "pallas_gpu": Products(
+        kernel_call(gpu.nf4_matmul, transposed=False),
+        kernel_call(gpu.nf4_matmul_transposed, transposed=True),
+        platform="cuda",
+        unavailable=gpu.unavailable,
+        unsupported=gpu.unsupported,
+        by_default=False,
     ),
 }
+assert set(IMPLEMENTATIONS) == set(get_args(Implementation))
 
 _forced: contextvars.ContextVar[str | None] = contextvars.ContextVar("implementation", default=None)
 
@@ -69,25 +116,28 @@ def backends() -> dict[str, str]:
 def product(
     name: Implementation | None, x: jax.Array, weight: tuple[Any, ...], transposed: bool, **how: Any
 ) -> jax.Array:
-    """x times the weight (codes, scales, codebook), or times its transpose.
+    """x times the weight (codes, scales, codebook, *nested), or times its transpose.
 
-    name None: the kernels of the platform that the program is lowered for, where they take x's
-    dtype, else `xla`. A name that cannot run raises QloraError.
+    name None: the kernels of the platform that the program is lowered for, where they take such an
+    x and such a weight, else `xla`. A name that cannot run raises QloraError.
     """
+    k, n, blocks = 2 * weight[0].shape[0], weight[0].shape[1], weight[1].shape[0]
+    problem = (k, n, k // blocks, x.dtype)
     forced = _forced.get()
     if name is not None or forced is not None:
         chosen = _known(name or forced)
-        if name is not None and forced is None and (reason := chosen.unavailable()):
-            raise QloraError(f"implementation={name!r} is not available: {reason}")
-        if chosen.dtypes and x.dtype.name not in chosen.dtypes:
-            takes = " or ".join(chosen.dtypes)
-            raise QloraError(f"implementation={name or forced!r} takes {takes}, got {x.dtype}")
+        reason = chosen.unavailable() if forced is None else None
+        if reason := reason or chosen.unsupported(*problem):
+            raise QloraError(f"implementation={name or forced!r} cannot be used: {reason}")
         return _run(chosen, transposed, **how)(x, *weight)
     default = IMPLEMENTATIONS["xla"]
     here = {
         kernels.platform: _run(kernels, transposed, **how)
         for kernels in IMPLEMENTATIONS.values()
-        if kernels.platform and not kernels.unavailable() and x.dtype.name in kernels.dtypes
+        if kernels.platform
+        and kernels.by_default
+        and not kernels.unavailable()
+        and not kernels.unsupported(*problem)
     }
     if not here:
         return _run(default, transposed, **how)(x, *weight)

@@ -4,7 +4,6 @@ Both act on the arrays around the kernel: a batch of inputs folds into its rows,
 is read once; under a mesh every device calls the kernel on its own part.
 """
 
-import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -13,25 +12,44 @@ import jax.numpy as jnp
 from jax.experimental.custom_partitioning import custom_partitioning
 from jax.sharding import NamedSharding, PartitionSpec
 
+from qlora_jax.quant import blockwise
 
-def kernel_call(kernel: Callable[..., jax.Array], *, transposed: bool) -> Callable[..., jax.Array]:
-    """`kernel`(x, codes, scales, codebook, out_dtype, precision), made fit for vmap and jit."""
+
+def kernel_call(
+    kernel: Callable[..., jax.Array], *, transposed: bool, nested_rows: int = 0
+) -> Callable[..., jax.Array]:
+    """`kernel`(x, codes, scales, codebook, *nested, out_dtype=, precision=), fit for vmap and jit.
+
+    nested: the nested absmax, the offset and the levels of double-quantized scales, or nothing.
+    For at most `nested_rows` rows of x the kernel takes them and reads the scales itself; otherwise
+    it gets fp32 scales.
+    """
 
     def call(
         x: jax.Array, codes: jax.Array, scales: jax.Array, codebook: jax.Array,
-        out_dtype: Any, precision: Any,
+        *nested: jax.Array, out_dtype: Any, precision: Any,
     ) -> jax.Array:  # fmt: skip
-        local = functools.partial(kernel, out_dtype=out_dtype, precision=precision)
+        def run(
+            x: jax.Array, codes: jax.Array, scales: jax.Array, codebook: jax.Array,
+            *nested: jax.Array, dtype: Any = out_dtype,
+        ) -> jax.Array:  # fmt: skip
+            if nested and x.shape[0] > nested_rows:
+                scales, nested = blockwise.dequantize_scales(scales, *nested), ()
+            return kernel(
+                x, codes, scales, codebook, *nested, out_dtype=dtype, precision=precision
+            )
+
         block = 2 * codes.shape[0] // scales.shape[0]
-        return _batched(_partitioned(local, transposed, block))(x, codes, scales, codebook)
+        partitioned = _partitioned(run, transposed, block, bool(nested), out_dtype)
+        return _batched(partitioned)(x, codes, scales, codebook, *nested)
 
     return call
 
 
 def _batched(call: Callable[..., jax.Array]) -> Callable[..., jax.Array]:
     @jax.custom_batching.custom_vmap
-    def mapped(x: Any, codes: Any, scales: Any, codebook: Any) -> jax.Array:
-        return call(x, codes, scales, codebook)
+    def mapped(x: Any, *weight: Any) -> jax.Array:
+        return call(x, *weight)
 
     @mapped.def_vmap
     def rule(size: int, batched: list[bool], x: Any, *weight: Any) -> tuple[jax.Array, bool]:
@@ -49,21 +67,21 @@ def _batched(call: Callable[..., jax.Array]) -> Callable[..., jax.Array]:
 
 
 def _partitioned(
-    kernel: Callable[..., jax.Array], transposed: bool, block: int
+    run: Callable[..., jax.Array], transposed: bool, block: int, nested: bool, out_dtype: Any
 ) -> Callable[..., jax.Array]:
-    """x [M, in], codes, scales, codebook -> [M, out], each device on its own part.
+    """x [M, in], codes, scales, codebook, *nested -> [M, out], each device on its own part.
 
     Rows and outputs are computed where they lie. A contraction that is split over devices of its
-    own (tensor parallelism along the contraction) is summed over them. A weight split over the
-    devices that also split the rows (FSDP) is gathered, in 4 bits.
+    own (tensor parallelism along the contraction) is summed over them, in fp32. A weight split over
+    the devices that also split the rows (FSDP) is gathered, in 4 bits and with 8-bit scales.
     """
 
     @custom_partitioning
-    def call(x: Any, codes: Any, scales: Any, codebook: Any) -> jax.Array:
-        return kernel(x, codes, scales, codebook)
+    def call(x: Any, *weight: Any) -> jax.Array:
+        return run(x, *weight)
 
     def partition(mesh: Any, args: Any, result: Any) -> Any:
-        x, codes, _, _ = (_spec(arg.sharding) for arg in args)
+        x, codes = (_spec(arg.sharding) for arg in args[:2])
         (rows, inner), (along_k, along_n) = x, codes
         weight_inner, outputs = (along_n, along_k) if transposed else (along_k, along_n)
         taken = set(_names(rows))
@@ -73,14 +91,28 @@ def _partitioned(
         outputs = None if taken & set(_names(outputs)) else outputs
         # Each device needs whole blocks of the weight.
         k_axes = outputs if transposed else inner
-        if args[2].shape[0] % _count(mesh, k_axes):
+        blocks = args[2].shape[0]
+        if blocks % _count(mesh, k_axes):
             outputs, inner = (None, inner) if transposed else (outputs, None)
-        weight = PartitionSpec(*((outputs, inner) if transposed else (inner, outputs)))
-        specs = (PartitionSpec(rows, inner), weight, weight, PartitionSpec())
+        place = PartitionSpec(*((outputs, inner) if transposed else (inner, outputs)))
+        specs = (PartitionSpec(rows, inner), place, place, *[PartitionSpec()] * len(args[3:]))
 
-        def local(*parts: Any) -> jax.Array:
-            out = kernel(*parts)
-            return jax.lax.psum(out, _names(inner)) if inner is not None else out
+        def local(x: Any, codes: Any, scales: Any, codebook: Any, *nested: Any) -> Any:
+            if nested and any(place):
+                # 256 scales share a nested absmax, across columns: each finds its own by its place
+                # in the whole weight.
+                first = [
+                    size * jax.lax.axis_index(_names(axes)) if axes is not None else 0
+                    for size, axes in zip(scales.shape, place, strict=True)
+                ]
+                scales = blockwise.dequantize_scales_at(
+                    scales, *nested, first=first, rows=blocks
+                )
+                nested = ()
+            if inner is None:
+                return run(x, codes, scales, codebook, *nested)
+            out = run(x, codes, scales, codebook, *nested, dtype=jnp.float32)
+            return jax.lax.psum(out, _names(inner)).astype(out_dtype)
 
         shardings = tuple(NamedSharding(mesh, spec) for spec in specs)
         return mesh, local, NamedSharding(mesh, PartitionSpec(rows, outputs)), shardings
@@ -89,7 +121,8 @@ def _partitioned(
         return partition(mesh, args, result)[2]
 
     # K is b blocks of r; a block has h bytes. The compiler may split blocks, not what is in them.
-    rule = "m n, (b h) n, b n, t -> m (b r)" if transposed else "m (b r), (b h) n, b n, t -> m n"
+    weight = "(b h) n, b n, t" + (", a, , l" if nested else "")
+    rule = f"m n, {weight} -> m (b r)" if transposed else f"m (b r), {weight} -> m n"
     call.def_partition(
         partition=partition,
         infer_sharding_from_operands=infer,

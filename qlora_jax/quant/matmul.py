@@ -72,7 +72,7 @@ def _transposed(g: jax.Array, w: QuantizedArray, how: _How) -> jax.Array:
 
 
 def _product(x: jax.Array, w: QuantizedArray, how: _How, *, transposed: bool) -> jax.Array:
-    weight = (w.codes, w.absmax(), jnp.asarray(levels(w.codebook)))
+    weight = (w.codes, w.scales, jnp.asarray(levels(w.codebook)), *w.nested_scales())
     return product(
         how.implementation,
         x,

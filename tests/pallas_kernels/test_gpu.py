@@ -1,0 +1,205 @@
+"""The GPU kernels, simulated on the CPU by JAX's Mosaic GPU interpreter, against float64 NumPy.
+
+Executed here: the wrapper, the choice of tiles, the three warpgroups as threads with their
+barriers, the pipeline's copies and its zeros beyond the arrays, which bytes and scales meet which
+rows of x, scaling and rounding, both decoded buffers, the sums over parts, what is stored where.
+
+Not executed here, for want of a GPU, only lowered (below) and compiled (tests/compile): the lookup
+by shuffles, of which a model of the instruction is run instead; the layouts of registers; swizzled
+memory; the transposed operands of wgmma and the transposed store, for which the interpreter gets
+copies. In the interpreter a multiplication is finished at once, so that a missing wait would not
+be seen either.
+"""
+
+import types
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from jax._src.pallas.mosaic_gpu.interpret.params import InterpretGPUParams
+
+from pallas_kernels import gpu, gpu_decode
+from pallas_kernels.gpu_tiles import WARPGROUPS, choose
+
+# Beyond an array TMA reads zeros.
+SIMULATED = InterpretGPUParams(out_of_bounds_reads="uninitialized", uninitialized_memory="zero")
+EPS = {"bfloat16": 2.0**-8, "float16": 2.0**-11}  # by which a decoded value is rounded
+
+
+def weight(rng: np.random.Generator, k: int, n: int, block: int):
+    """Codes, scales and codebook, and the dense weight by an independent decoding."""
+    codes = rng.integers(0, 16, (k // block, block, n))
+    scales = rng.uniform(0.5, 2, (k // block, n)).astype(np.float32)
+    codebook = np.sort(rng.uniform(-1, 1, 16)).astype(np.float32)
+    dense = (codebook.astype(np.float64)[codes] * scales[:, None]).reshape(k, n)
+    packed = codes[:, : block // 2] | codes[:, block // 2 :] << 4
+    packed = packed.reshape(k // 2, n).astype(np.uint8)
+    return (jnp.asarray(packed), jnp.asarray(scales), jnp.asarray(codebook)), dense
+
+
+def check(m, k, n, block, dtype, transposed, out_dtype="float32", seed=0):
+    rng = np.random.default_rng(seed)
+    arrays, dense = weight(rng, k, n, block)
+    x = jnp.asarray(rng.normal(size=(m, n if transposed else k)), dtype)
+    dense = dense.T if transposed else dense
+    kernel = gpu.nf4_matmul_transposed if transposed else gpu.nf4_matmul
+    got = kernel(x, *arrays, jnp.dtype(out_dtype), interpret=SIMULATED)
+    assert got.shape == (m, dense.shape[1]) and got.dtype == out_dtype
+    exact = np.asarray(x, np.float64)
+    want = exact @ dense
+    size = np.sqrt((exact**2) @ (dense**2))  # of the terms of each sum, in quadrature
+    error = np.abs(np.asarray(got, np.float64) - want)
+    allowed = 4 * EPS[dtype] * size + EPS.get(out_dtype, 0) * np.abs(want)
+    assert (error <= allowed).all(), (error / allowed).max()
+
+
+@settings(max_examples=8, deadline=None)
+@given(
+    m=st.integers(1, 100),
+    k=st.integers(1, 6),
+    n=st.integers(1, 6),
+    block=st.sampled_from([32, 64, 128]),
+    dtype=st.sampled_from(gpu.DTYPES),
+    transposed=st.booleans(),
+    seed=st.integers(0, 2**20),
+)
+def test_any_shape(m, k, n, block, dtype, transposed, seed):
+    check(m, k * max(block, 64), 64 * n, block, dtype, transposed, seed=seed)
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize(
+    ("m", "k", "n", "block", "out_dtype"),
+    [
+        pytest.param(300, 320, 192, 64, "bfloat16", id="several tiles of rows, ragged everywhere"),
+        pytest.param(3, 2112, 2112, 64, "bfloat16", id="few rows: sums in parts, ragged"),
+        pytest.param(1, 64, 64, 64, "float16", id="a single step"),
+        pytest.param(20, 512, 128, 256, "float32", id="the largest blocks"),
+    ],
+)
+def test_tiles(m, k, n, block, out_dtype, transposed):
+    check(m, k, n, block, "bfloat16", transposed, out_dtype)
+
+
+def test_each_decoded_number_is_rounded_once():
+    """x = identity: out comes W itself, for every byte, as fp32 codebook x fp32 scale -> bf16."""
+    rng = np.random.default_rng(3)
+    bytes_ = np.concatenate([rng.permutation(256) for _ in range(16)]).reshape(32, 128)
+    scales = rng.uniform(1e-3, 3, (1, 128)).astype(np.float32)
+    codebook = rng.normal(size=16).astype(np.float32)
+    got = gpu.nf4_matmul(
+        jnp.eye(64, dtype=jnp.bfloat16),
+        jnp.asarray(bytes_, jnp.uint8),
+        jnp.asarray(scales),
+        jnp.asarray(codebook),
+        jnp.bfloat16,
+        interpret=SIMULATED,
+    )
+    codes = np.concatenate([bytes_ % 16, bytes_ // 16])
+    want = (codebook[codes] * scales).astype(jnp.bfloat16)
+    assert (np.asarray(got) == want).all()
+
+
+def shuffle(values, b, c):
+    """shfl.sync.idx.b32 of 32 lanes as the PTX manual defines it, every lane taking part."""
+    lanes, clamp, mask = np.arange(32), c & 31, c >> 8 & 31
+    last = (lanes & mask) | (clamp & ~mask)
+    source = (lanes & mask) | (b & 31 & ~mask)
+    return values[np.where(source <= last, source, lanes)]
+
+
+def test_a_model_of_the_lookup_by_shuffles():
+    """The steps of gpu_decode._shuffle on all bytes: shift a word of four codes, shuffle."""
+    codebook = np.random.default_rng(0).normal(size=16).astype(np.float32)
+    table = np.asarray(gpu_decode.lane_table(jnp.asarray(codebook)))
+    assert table.shape == (128,)
+    words = np.random.default_rng(1).permutation(np.arange(256).repeat(4)).astype(np.uint8)
+    for four in words.reshape(-1, 32, 4):
+        word = np.ascontiguousarray(four).view("<u4")[:, 0]
+        for byte in range(4):
+            for nibble, code in ((0, four[:, byte] % 16), (4, four[:, byte] // 16)):
+                lane = word >> np.uint32(8 * byte + nibble)
+                for warp in table.reshape(4, 32):
+                    found = shuffle(warp, lane.astype(np.int64), gpu_decode._HALF_WARPS)
+                    assert (found == codebook[code]).all()
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize("m", [1, 16, 65, 4096])
+@pytest.mark.parametrize("block", gpu.BLOCK_SIZES)
+def test_it_lowers_for_a_gpu(m, block, transposed):
+    """To Mosaic's MLIR: layouts agree, loads and stores meet no bank twice, memory suffices."""
+    k, n = 11008, 4160
+    shapes = [
+        ((m, n if transposed else k), jnp.bfloat16),
+        ((k // 2, n), jnp.uint8),
+        ((k // block, n), jnp.float32),
+        ((16,), jnp.float32),
+    ]
+    kernel = gpu.nf4_matmul_transposed if transposed else gpu.nf4_matmul
+    traced = jax.jit(lambda *a: kernel(*a, jnp.bfloat16)).trace(
+        *(jax.ShapeDtypeStruct(*shape) for shape in shapes)
+    )
+    assert "mosaic_gpu" in traced.lower(lowering_platforms=("cuda",)).as_text()
+
+
+@given(
+    m=st.integers(1, 10_000),
+    k=st.integers(1, 500),
+    n=st.integers(1, 500),
+    block=st.sampled_from(gpu.BLOCK_SIZES),
+    transposed=st.booleans(),
+)
+def test_tiles_cover_and_fit(m, k, n, block, transposed):
+    k, n = k * max(block, 64), n * 64
+    tiles = choose(m, k, n, block, transposed)
+    depth, part = n if transposed else k, tiles.steps * tiles.contraction
+    assert (tiles.splits - 1) * part < depth <= tiles.splits * part
+    assert tiles.m % 8 == 0 and tiles.rows % max(block, 64) == 0
+    assert tiles.m * tiles.outputs <= 128 * 128  # sums in 128 registers of 128 threads
+    once, each = tiles.shared(block)
+    assert tiles.stages >= 2 and once + each * tiles.stages <= 227 << 10
+    assert WARPGROUPS * tiles.outputs == (tiles.step_k if transposed else tiles.step_n)
+
+
+@pytest.mark.parametrize(
+    ("k", "n", "block", "dtype", "message"),
+    [
+        (128, 128, 64, jnp.float32, "x must be bfloat16 or float16, got float32"),
+        (128, 128, 16, jnp.bfloat16, r"block_size must be one of \(32, 64, 128, 256\), got 16"),
+        (128, 100, 64, jnp.bfloat16, "must be multiples of 64, got K=128 x N=100"),
+        (96, 128, 32, jnp.bfloat16, "must be multiples of 64, got K=96 x N=128"),
+    ],
+)
+def test_what_it_does_not_take(k, n, block, dtype, message):
+    arrays, _ = weight(np.random.default_rng(0), k, n, block)
+    with pytest.raises(ValueError, match=message):
+        gpu.nf4_matmul(jnp.zeros((4, k), dtype), *arrays, jnp.float32)
+
+
+def test_a_misfit_is_an_error():
+    arrays, _ = weight(np.random.default_rng(0), 128, 64, 64)
+    with pytest.raises(ValueError, match=r"x \(4, 64\) does not fit a weight of 128 x 64"):
+        gpu.nf4_matmul(jnp.zeros((4, 64), jnp.bfloat16), *arrays, jnp.float32)
+
+
+@pytest.mark.parametrize(
+    ("platform", "kind", "capability", "reason"),
+    [
+        ("cpu", "cpu", None, "it needs a Hopper GPU, the default device is a cpu"),
+        ("gpu", "NVIDIA H200", "9.0", None),
+        ("gpu", "RTX A6000", "8.6", "compute capability 9.0 (Hopper), this RTX A6000 has 8.6"),
+        ("gpu", "NVIDIA B200", "10.0", "(Hopper), this NVIDIA B200 has 10.0"),
+        ("gpu", "MI300X", "gfx942", "(Hopper), this MI300X has gfx942"),
+    ],
+)
+def test_unavailable(platform, kind, capability, reason, monkeypatch):
+    device = types.SimpleNamespace(
+        platform=platform, device_kind=kind, compute_capability=capability
+    )
+    monkeypatch.setattr(jax, "local_devices", lambda: [device])
+    got = gpu.unavailable()
+    assert got == reason if reason is None else reason in got
