@@ -11,7 +11,7 @@ PYTHON ?= $(shell for p in python3 python3.11 python3.12 python3.13; do \
 PIP_INSTALL = -m pip install --quiet --disable-pip-version-check
 PYTEST_ARGS ?=
 
-.PHONY: help demo test lint types parity compile clean
+.PHONY: help demo test lint types parity cuda compile clean
 .DEFAULT_GOAL := help
 
 help:
@@ -20,6 +20,7 @@ help:
 	@echo "make lint     ruff: rules and formatting"
 	@echo "make types    pyright"
 	@echo "make parity   comparisons with bitsandbytes, transformers and PEFT (installs torch)"
+	@echo "make cuda     build the CUDA kernels with nvcc, no GPU needed"
 	@echo "make compile  train step and kernels through the TPU and GPU compilers, without either device"
 	@echo "make clean    remove the environments and caches"
 
@@ -40,7 +41,10 @@ types: $(VENV)/.dev
 parity: $(PARITY_VENV)/.parity
 	$(PARITY_VENV)/bin/python -m pytest tests/parity $(PYTEST_ARGS)
 
-compile: $(COMPILERS)/.tpu $(COMPILERS)/.gpu
+cuda: $(COMPILERS)/.cuda
+	$(VENV)/bin/python -m tests.compile.ptxas $(COMPILERS)/cuda.log
+
+compile: $(COMPILERS)/.tpu $(COMPILERS)/.gpu $(COMPILERS)/.cuda
 	$(VENV)/bin/python -m tests.compile.run $(COMPILERS)
 
 clean:
@@ -82,4 +86,20 @@ $(COMPILERS)/.gpu: $(VENV)/.dev
 	$(VENV)/bin/python $(PIP_INSTALL) --upgrade --target $(COMPILERS)/gpu --no-deps \
 	  jax-cuda13-plugin==$$version jax-cuda13-pjrt==$$version \
 	  nvidia-cuda-nvcc nvidia-nvvm nvidia-cuda-crt
+	@touch $@
+
+# As `pip install ./cuda_ext` builds them, but beside $(VENV). Without nvcc on the machine, NVIDIA's
+# own packages bring it.
+$(COMPILERS)/.cuda: $(VENV)/.dev $(shell find cuda_ext -name '*.c*' -o -name '*.h' -o -name '*.toml' -o -name '*.txt' -o -name '*.py')
+	@mkdir -p $(COMPILERS)
+	@command -v nvcc >/dev/null || test -x /usr/local/cuda/bin/nvcc || test -d $(COMPILERS)/nvcc || { \
+	  echo "No nvcc found: installing NVIDIA's compiler into $(COMPILERS)/nvcc"; \
+	  $(VENV)/bin/python $(PIP_INSTALL) --target $(COMPILERS)/nvcc --no-deps nvidia-cuda-nvcc \
+	    nvidia-nvvm nvidia-cuda-crt nvidia-cuda-runtime nvidia-cuda-cccl; }
+	@echo "Building the CUDA kernels into $(COMPILERS)/cuda; two minutes, log in $(COMPILERS)/cuda.log"
+	@toolkit=$$(echo $(abspath $(COMPILERS))/nvcc/nvidia/cu*); \
+	if test -d "$$toolkit"; then export CUDACXX=$$toolkit/bin/nvcc; fi; \
+	$(VENV)/bin/python -m pip install --verbose --disable-pip-version-check --upgrade --no-deps \
+	  --target $(COMPILERS)/cuda ./cuda_ext > $(COMPILERS)/cuda.log 2>&1 \
+	  || { grep -iE "error" -A5 $(COMPILERS)/cuda.log | head -40; exit 1; }
 	@touch $@

@@ -13,19 +13,22 @@ whether a step takes fewer cycles than its codes and scales take to arrive from 
 import argparse
 import functools
 import os
+import re
 import subprocess
 import sys
 import tempfile
 from pathlib import Path
 from typing import Any
 
-# Memory bandwidth (bytes/s) and clock (Hz) of one core, published by the maker. A v4 or v5p chip
-# has two cores, which share its memory. v6e's clock is what its bf16 peak implies.
+# Memory bandwidth (bytes/s) and bf16 peak (operations/s) of one core, published by the maker, and
+# products of a cycle: four matrix units of 128 x 128; on v6e two of 256 x 256, each of which takes
+# two rows a cycle in the schedules. The clock follows: 1.05 GHz for v4, 1.5 for v5e, 1.75 for v5p
+# and v6e. A v4 or v5p chip has two cores, which share its memory.
 DEVICES = {
-    "v4:2x2x1": (1228e9 / 2, 1.05e9),
-    "v5e:2x2": (819e9, 0.94e9),
-    "v5p:2x2x1": (2765e9 / 2, 1.75e9),
-    "v6e:2x2": (1640e9, 0.94e9),
+    "v4:2x2x1": (1228e9 / 2, 275e12 / 2, 4 * 128**2),
+    "v5e:2x2": (819e9, 197e12, 4 * 128**2),
+    "v5p:2x2x1": (2765e9 / 2, 459e12 / 2, 4 * 128**2),
+    "v6e:2x2": (1640e9, 918e12, 4 * 256**2),
 }
 KERNELS = ("forward", "transposed", "dense", "dense transposed")
 K = N = 4096
@@ -34,7 +37,7 @@ K = N = 4096
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--compiler", type=Path, default=Path(".cache/compilers/tpu"))
-    parser.add_argument("--rows", type=int, nargs="+", default=[1, 16, 512, 1024, 4096])
+    parser.add_argument("--rows", type=int, nargs="+", default=[1, 16, 64, 512, 1024, 4096])
     parser.add_argument("--devices", nargs="+", default=list(DEVICES), choices=list(DEVICES))
     args = parser.parse_args()
     print("| device | M | kernel | cycles/step | of dense | of arrival | MXU | spills |")
@@ -48,7 +51,8 @@ def main() -> None:
 
 
 def row(device: str, rows: int, name: str, ours: dict[str, Any], peer: dict[str, Any]) -> str:
-    bandwidth, clock = DEVICES[device]
+    bandwidth, peak, products = DEVICES[device]
+    clock = peak / (2 * products)
     # Of a whole weight of K x N, because the steps of the two may differ in size.
     cycles, dense = (x["bundles"] * x["steps"] for x in (ours, peer))
     passes = -(-rows // ours["tile_m"])
@@ -98,20 +102,26 @@ def child(device: str, rows: str, kernel: str) -> None:
     target = topologies.get_topology_desc(platform="tpu", topology_name=device).devices[0]
     sharding = SingleDeviceSharding(target)
     spec = functools.partial(jax.ShapeDtypeStruct, sharding=sharding)
-    m, generation = int(rows), int(device[1])
-    x = spec((m, K), jnp.bfloat16)
+    generation = min(int(re.search(r"\d", device)[0]), max(tpu.GENERATIONS))
+    transposed = kernel.endswith("transposed")
+    x = spec((int(rows), K), jnp.bfloat16)
     weight = (spec((K // 2, N), jnp.uint8), spec((K // 64, N), jnp.float32))
     codebook = spec((16,), jnp.float32)
 
-    grids = []
+    tiles = []
     original = pl.pallas_call
 
     def recording(body: Any, **settings: Any) -> Any:
-        grids.append((math.prod(settings["grid"]), settings["in_specs"][0].block_shape))
+        x_tile, codes_tile = (s.block_shape for s in settings["in_specs"][:2])
+        tiles.append((settings["grid"], x_tile[0], (2 * codes_tile[0], codes_tile[1])))
         return original(body, **settings)
 
-    def dense(x: Any, w: Any, transposed: bool) -> Any:
-        tile_m = min(tpu.GENERATIONS[generation].rows, -(-m // 16) * 16)
+    def ours(x: Any, *weight: Any) -> Any:
+        product = tpu.nf4_matmul_transposed if transposed else tpu.nf4_matmul
+        return product(x, *weight, jnp.bfloat16, target=generation)
+
+    def dense(x: Any, w: Any) -> Any:
+        grid, tile_m, tile_w = tiles[0]
         dims = (((1,), (1 if transposed else 0,)), ((), ()))
 
         def body(x_ref: Any, w_ref: Any, out_ref: Any, sum_ref: Any) -> None:
@@ -129,17 +139,17 @@ def child(device: str, rows: str, kernel: str) -> None:
             def _() -> None:
                 out_ref[...] = sum_ref[...].astype(out_ref.dtype)
 
-        depth, width = tpu.DEPTH, tpu.WIDTH
+        depth, width = reversed(tile_w) if transposed else tile_w
         of_weight = (lambda i, o, k: (o, k)) if transposed else (lambda i, o, k: (k, o))
-        return pl.pallas_call(
+        return original(
             body,
-            grid=(pl.cdiv(m, tile_m), N // width, K // depth),
+            grid=grid,
             in_specs=[
                 pl.BlockSpec((tile_m, depth), lambda i, o, k: (i, k)),
-                pl.BlockSpec((width, depth) if transposed else (depth, width), of_weight),
+                pl.BlockSpec(tile_w, of_weight),
             ],
             out_specs=pl.BlockSpec((tile_m, width), lambda i, o, k: (i, o)),
-            out_shape=jax.ShapeDtypeStruct((m, N), x.dtype),
+            out_shape=jax.ShapeDtypeStruct((x.shape[0], N), x.dtype),
             scratch_shapes=[pltpu.VMEM((tile_m, width), jnp.float32)],
             compiler_params=pltpu.CompilerParams(
                 dimension_semantics=("parallel", "parallel", "arbitrary"),
@@ -148,15 +158,12 @@ def child(device: str, rows: str, kernel: str) -> None:
         )(x, w)
 
     pl.pallas_call = recording
-    if kernel.startswith("dense"):
-        run = functools.partial(dense, transposed=kernel != "dense")
-        jax.jit(run).lower(x, spec((K, N), jnp.bfloat16)).compile()
-    else:
-        run = tpu.nf4_matmul if kernel == "forward" else tpu.nf4_matmul_transposed
-        call = lambda x, *w: run(x, *w, jnp.bfloat16, target=generation)  # noqa: E731
-        jax.jit(call).lower(x, *weight, codebook).compile()
-    ((steps, shape),) = grids
-    print(steps, shape[0])
+    lowered = jax.jit(ours).lower(x, *weight, codebook)
+    if kernel.startswith("dense"):  # in the same tiles
+        lowered = jax.jit(dense).lower(x, spec((K, N), jnp.bfloat16))
+    lowered.compile()
+    ((grid, tile_m, _),) = tiles
+    print(math.prod(grid), tile_m)
 
 
 if __name__ == "__main__":

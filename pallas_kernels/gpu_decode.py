@@ -75,7 +75,8 @@ def _shuffle(context: Any, codes: Any, table: Any) -> tuple[Any, Any]:
                 found = nvvm.shfl_sync(every_lane, entry, lane, half_warps, nvvm.ShflKind.idx)
                 four = llvm.insertelement(four, arith.bitcast(f32, found), constant(byte))
             values[index] = four
-    return tuple(
-        mgpu.FragmentedArray(_registers=values, _layout=codes.layout, _is_signed=None)
-        for values in (low, high)
-    )
+
+    def array(registers: Any) -> Any:
+        return mgpu.FragmentedArray(_registers=registers, _layout=codes.layout, _is_signed=None)
+
+    return array(low), array(high)

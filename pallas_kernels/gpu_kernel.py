@@ -92,6 +92,8 @@ def _kernel(
 
     def step(indices: Any, x_smem: Any, codes_smem: Any, scales_smem: Any, carry: Any) -> Any:
         acc, table = carry
+        # Overwritten two steps later. A store to shared memory begins with a barrier of the
+        # warpgroup, and before that each warp has waited for what read the buffer.
         w = w_smem.at[warpgroup, jax.lax.rem(indices[0], 2)]
         blocks = tiles.rows // block
         for b in range(blocks):
@@ -115,7 +117,9 @@ def _kernel(
         return acc, table
 
     def compute(run: Any) -> None:
-        @functools.partial(pl.run_scoped, acc=plgpu.ACC((tiles.outputs, tiles.m), jnp.float32))
+        sums = plgpu.WGMMAAccumulatorRef((tiles.outputs, tiles.m), jnp.float32)
+
+        @functools.partial(pl.run_scoped, acc=sums)
         def _(acc: Any) -> None:
             run((acc, table_gmem[...]))
             y = acc[...].astype(y_gmem.dtype)  # waits for the last multiplication
@@ -192,8 +196,8 @@ def _wgmma(
         x_copy[here] = x[...].T
         plgpu.wgmma(acc, w_copy.at[here], x_copy.at[here])
     else:
-        w = w if transposed else plgpu.transpose_ref(w, (1, 0))
-        plgpu.wgmma(acc, w, plgpu.transpose_ref(x, (1, 0)))
+        w = w if transposed else w.transpose((1, 0))
+        plgpu.wgmma(acc, w, x.transpose((1, 0)))
 
 
 def _store_transposed(ref: Any, y: jax.Array, simulated: bool) -> None:
@@ -203,4 +207,4 @@ def _store_transposed(ref: Any, y: jax.Array, simulated: bool) -> None:
     else:
         # In this layout neighbours along the outputs share a thread and are stored as one word.
         y = plgpu.layout_cast(y, plgpu.Layout.WGMMA_TRANSPOSED)
-        plgpu.transpose_ref(ref, (1, 0))[...] = y
+        ref.transpose((1, 0))[...] = y

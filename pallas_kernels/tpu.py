@@ -31,7 +31,7 @@ class Generation:
 # of VMEM, of which 1024 rows of bf16 take about 9.
 GENERATIONS = {4: Generation(1024, False), 5: Generation(1024, True), 6: Generation(4096, True)}
 # Of W, along the contraction and along the outputs. The deeper, the seldomer the sum is touched and
-# a step started; twice as much decoded no longer pays.
+# a step started; where the rows of x leave room, tiles are twice as deep.
 DEPTH, WIDTH = 1024, 512
 
 
@@ -109,14 +109,17 @@ def _call(
         raise ValueError(f"x {x.shape} does not fit a weight of {k} x {n}, {transposed=}")
     block = k // scales.shape[0]
     known = GENERATIONS[target]
-    few = m <= tpu_few.MOST_ROWS and x.dtype == jnp.bfloat16 and block % 64 == 0 and not transposed
-    side_k, side_n = (WIDTH, DEPTH) if transposed else (DEPTH, WIDTH)
+    few = tpu_few.suits(m, block, x.dtype) and not transposed
+    deeper = m * x.dtype.itemsize <= known.rows and block <= WIDTH
+    depth = 2 * DEPTH if deeper else DEPTH
+    side_k, side_n = (WIDTH, depth) if transposed else (depth, WIDTH)
     tile_n = min(side_n, _up(n, LANES))
     # Whole blocks, so that a tile's bytes hold a contiguous stretch of K.
     tile_k = tpu_few.tile_depth(k, block) if few else min(max(side_k, block), k)
     # A tall tile (of large blocks) leaves room for fewer rows, and so does fp32.
-    room = known.rows * side_k // max(tile_k, side_k) * 2 // x.dtype.itemsize
-    tile_m = min(room, _up(m, 16))
+    usual = WIDTH if transposed else DEPTH
+    room = known.rows * usual // max(tile_k, usual) * 2 // x.dtype.itemsize
+    tile_m = _up(m, 16) if few else min(room, _up(m, 16))
     # Of W, a step takes the tile (along K, along N); the grid is (rows, outputs, contraction).
     if transposed:
         tile_out, tile_in, out_size = tile_k, tile_n, k

@@ -23,18 +23,26 @@ from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels.tpu_decode import LANES, SUBLANES, gather
 
+DEEPEST = 5632  # rows of W in a grid step; 11008 and 22016, LLaMA's, take two and four of them
 MOST_ROWS = 64  # with more, the zeros that are multiplied cost more than scaling weights
 GROUP = 32  # rows of W that the low (or high) halves of a register of codes hold
 EVEN, ODD = 0x00FF00FF, -0x00FF0100  # bytes of a word
 
 
-def tile_depth(k: int, block: int) -> int:
-    """Rows of W in a grid step: whole blocks, a multiple of 512, equal steps of 5632 at most.
-
-    Deep, because a step costs some 200 cycles to start and to end; not deeper, because nothing
-    hides the time in which the first tile arrives.
+def suits(m: int, block: int, dtype: jax.typing.DTypeLike) -> bool:
+    """Whether M rows are few, in the one type that the levels are rounded to; and a register of
+    codes must lie in one block, a block in whole passes of the matrix unit or several in one.
     """
-    steps, multiple = pl.cdiv(k, 5632), max(512, block)
+    return m <= MOST_ROWS and dtype == jnp.bfloat16 and block >= 64 and block & (block - 1) == 0
+
+
+def tile_depth(k: int, block: int) -> int:
+    """Rows of W in a grid step: in equal steps, whole blocks and a multiple of 512.
+
+    Many, because a step takes some 200 cycles to start and to end; not more, because nothing hides
+    the time in which the first tile arrives.
+    """
+    steps, multiple = pl.cdiv(k, DEEPEST), max(512, block)
     return pl.cdiv(k, steps * multiple) * multiple
 
 

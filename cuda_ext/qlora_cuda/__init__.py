@@ -24,15 +24,16 @@ def unavailable() -> str | None:
     """Why these kernels do not run on the GPU at hand; None where they do."""
     if not library.PATH.exists():
         return "qlora-jax-cuda has not been compiled: pip install ./cuda_ext"
-    if reason := library.mismatch(library.built_for(), library.installed()):
+    if reason := library.mismatch(library.built_for(library.PATH), library.installed()):
         return reason
     device = jax.local_devices()[0]
     capability = _capability(device)
     if capability is None:
         return f"it needs an NVIDIA GPU, the default device is a {device.device_kind}"
     if capability < (7, 5):
-        return f"it needs compute capability 7.5, this {device.device_kind} has {capability}"
-    library.register()
+        has = "{}.{}".format(*capability)
+        return f"it needs compute capability 7.5, this {device.device_kind} has {has}"
+    library.register(library.PATH)
     return None
 
 
@@ -138,9 +139,7 @@ def dequantize(
     return jax.ffi.ffi_call("qlora_dequantize", result)(codes, codebook, scales, *nested)
 
 
-def quantize(
-    x: jax.Array, codebook: np.ndarray, block_size: int
-) -> tuple[jax.Array, jax.Array]:
+def quantize(x: jax.Array, codebook: np.ndarray, block_size: int) -> tuple[jax.Array, jax.Array]:
     """x [K, N] -> codes uint8 [Kp/2, N] and absmax fp32 [Kp/block, N], Kp: K up to whole blocks.
 
     codebook [16] by code, in any order; x is fp32, bf16 or fp16, without NaN and Inf.

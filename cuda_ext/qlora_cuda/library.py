@@ -11,7 +11,7 @@ PATH = Path(__file__).with_name("libqlora_cuda.so")
 TARGETS = ("qlora_matmul", "qlora_dequantize", "qlora_quantize")
 
 
-def register(path: Path = PATH, platform: str = "CUDA") -> None:
+def register(path: Path, platform: str = "CUDA") -> None:
     """Load the library at `path` and register its handlers; a broken one raises OSError."""
     library = _load(path)
     for target in TARGETS:
@@ -20,7 +20,7 @@ def register(path: Path = PATH, platform: str = "CUDA") -> None:
         )
 
 
-def built_for(path: Path = PATH) -> tuple[int, int]:
+def built_for(path: Path) -> tuple[int, int]:
     """The version (major, minor) of XLA's FFI whose headers the library was built with."""
     library = _load(path)
     return library.qlora_ffi_major(), library.qlora_ffi_minor()

@@ -2,6 +2,7 @@
 
 #include "kernels.h"
 #include "store.cuh"
+#include "weight.cuh"
 
 namespace qlora {
 namespace {
@@ -18,10 +19,10 @@ __global__ void __launch_bounds__(kThreads) dense_rows(const Weight w, unsigned 
   const int across = w.n / kColumns;
   const size_t index = size_t(blockIdx.x) * kThreads + threadIdx.x;
   const int column = index % across * kColumns, byte_row = int(index / across) * kByteRows;
-  if (byte_row >= w.byte_rows()) return;
+  if (byte_row >= w.byte_rows) return;
   float scales[2][8];
-  w.scales(byte_row, column, scales[0]);
-  w.scales(byte_row, column + 8, scales[1]);
+  read_scales(w, byte_row, column, scales[0]);
+  read_scales(w, byte_row, column + 8, scales[1]);
   constexpr size_t kSize = D == Dtype::f32 ? 4 : 2;
 #pragma unroll
   for (int i = 0; i < kByteRows; ++i) {
@@ -29,7 +30,7 @@ __global__ void __launch_bounds__(kThreads) dense_rows(const Weight w, unsigned 
 #pragma unroll
     for (int nibble = 0; nibble < 2; ++nibble) {
       unsigned char* to =
-          dense + (size_t(w.row_of(byte_row + i, nibble)) * w.n + column) * kSize;
+          dense + (size_t(row_of(w, byte_row + i, nibble)) * w.n + column) * kSize;
       float values[8];
       decode8(uint2{bytes.x, bytes.y}, nibble, lane_table, scales[0], values);
       store8<D>(to, values);
@@ -41,7 +42,7 @@ __global__ void __launch_bounds__(kThreads) dense_rows(const Weight w, unsigned 
 
 template <Dtype D>
 cudaError_t run(const Weight& w, void* dense, cudaStream_t stream) {
-  const size_t threads = size_t(w.byte_rows() / kByteRows) * (w.n / kColumns);
+  const size_t threads = size_t(w.byte_rows / kByteRows) * (w.n / kColumns);
   const dim3 grid((threads + kThreads - 1) / kThreads);
   return launch(dense_rows<D>, grid, kThreads, 0, stream, w, static_cast<unsigned char*>(dense));
 }

@@ -103,7 +103,8 @@ Error read_weight(AnyBuffer codes, AnyBuffer codebook, AnyBuffer scales,
   w = Weight{};
   w.codes = static_cast<const uint8_t*>(codes.untyped_data());
   w.codebook = static_cast<const float*>(codebook.untyped_data());
-  w.k = static_cast<int>(k), w.n = static_cast<int>(n), w.half = static_cast<int>(block / 2);
+  w.byte_rows = static_cast<int>(k / 2), w.n = static_cast<int>(n);
+  w.half = static_cast<int>(block / 2);
   while (1 << w.log_half < w.half) ++w.log_half;
   if (nested.size() == 0) {
     if (Error e = check("scales", scales, DataType::F32, {blocks, n}); e.failure()) return e;
@@ -166,8 +167,8 @@ Error matmul_handler(cudaStream_t stream, AnyBuffer x, AnyBuffer codes, AnyBuffe
     return invalid("x must be [M, K] and y [splits, M, N], got ", shape(x), " and ", shape(*y));
   }
   const int64_t m = rows[0], splits = parts[0];
-  const int64_t in = transposed ? p.weight.n : p.weight.k;
-  const int64_t out = transposed ? p.weight.k : p.weight.n;
+  const int64_t in = transposed ? p.weight.n : 2 * p.weight.byte_rows;
+  const int64_t out = transposed ? 2 * p.weight.byte_rows : p.weight.n;
   if (m > kLargest / 2 || splits < 1 || splits > 65535 || (splits > 1 && *y_dtype != Dtype::f32)) {
     return invalid("y must be of 1 to 65535 parts, of float32 where they are several, got ",
                    shape(*y), " for x ", shape(x));
@@ -195,7 +196,7 @@ Error dequantize_handler(cudaStream_t stream, AnyBuffer codes, AnyBuffer codeboo
   if (Error e = read_weight(codes, codebook, scales, nested, w); e.failure()) return e;
   const std::optional<Dtype> dtype = floating(y->element_type());
   if (!dtype) return invalid("y must be float32, bfloat16 or float16, got ", shape(*y));
-  if (Error e = check("y", *y, y->element_type(), {w.k, w.n}); e.failure()) return e;
+  if (Error e = check("y", *y, y->element_type(), {2 * w.byte_rows, w.n}); e.failure()) return e;
   return status(dequantize(w, y->untyped_data(), *dtype, stream), "dequantize");
 }
 

@@ -5,7 +5,7 @@
 
 #include <cstdint>
 
-#include "weight.cuh"
+#include "weight.h"
 
 namespace qlora {
 

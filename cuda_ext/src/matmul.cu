@@ -14,6 +14,7 @@
 
 #include "kernels.h"
 #include "store.cuh"
+#include "weight.cuh"
 
 namespace qlora {
 namespace {
@@ -67,7 +68,7 @@ struct Block {
 
   __device__ void load_x(int step) const {
     const Weight& w = p.weight;
-    const int width = transposed ? w.n : w.k;
+    const int width = transposed ? w.n : 2 * w.byte_rows;
     uint16_t* to = shared.x[step % 2];
 #pragma unroll
     for (int i = threadIdx.x; i < rows * kDepth / kChunk; i += kThreads) {
@@ -76,7 +77,7 @@ struct Block {
       if (!transposed) {
         // Columns of x in the order of the decoded rows: low nibbles, then high ones.
         const int among = chunk * kChunk % T::byte_rows;
-        from = w.row_of(byte_row(step) + among, chunk * kChunk / T::byte_rows);
+        from = row_of(w, byte_row(step) + among, chunk * kChunk / T::byte_rows);
       }
       const bool valid = first_row + row < p.m && from < width;
       const size_t at = valid ? size_t(first_row + row) * width + from : 0;
@@ -90,7 +91,7 @@ struct Block {
     static_assert(T::byte_rows * kAcross == kThreads);
     {
       const int row = threadIdx.x / kAcross, across = threadIdx.x % kAcross * 16;
-      const bool valid = byte_row(step) + row < w.byte_rows() && column(step) + across < w.n;
+      const bool valid = byte_row(step) + row < w.byte_rows && column(step) + across < w.n;
       const size_t at = valid ? size_t(byte_row(step) + row) * w.n + column(step) + across : 0;
       copy_async(shared.codes[step % 2] + row * T::columns + across, w.codes + at, valid);
     }
@@ -99,7 +100,7 @@ struct Block {
     if (threadIdx.x < T::most_scale_rows * kFours) {
       const int row = threadIdx.x / kFours, across = threadIdx.x % kFours * 4;
       const int from = (byte_row(step) >> w.log_half) + row;
-      const bool valid = from < w.byte_rows() >> w.log_half && column(step) + across < w.n;
+      const bool valid = from < w.byte_rows >> w.log_half && column(step) + across < w.n;
       const size_t at = valid ? size_t(from) * w.n + column(step) + across : 0;
       copy_async(shared.scales[step % 2] + row * T::columns + across, w.absmax + at, valid);
     }
@@ -173,7 +174,7 @@ struct Block {
 
   __device__ void store(const Sums& sums) const {
     const Weight& w = p.weight;
-    const int width = transposed ? w.k : w.n;
+    const int width = transposed ? 2 * w.byte_rows : w.n;
     const int lane = threadIdx.x % kLanes;
 #pragma unroll
     for (int j = 0; j < kOutputTiles; ++j) {
@@ -182,8 +183,8 @@ struct Block {
       bool valid = to < w.n;
       if (transposed) {
         const int row = first_output + among % T::byte_rows;
-        valid = row < w.byte_rows();
-        to = w.row_of(row, among / T::byte_rows);
+        valid = row < w.byte_rows;
+        to = row_of(w, row, among / T::byte_rows);
       }
 #pragma unroll
       for (int i = 0; i < 2 * kRowTiles; ++i) {
@@ -198,12 +199,13 @@ struct Block {
 };
 
 template <Dtype D, int rows, bool transposed>
-__global__ void __launch_bounds__(kThreads) many_rows(const Product p, const int steps_per_split) {
+__global__ void __launch_bounds__(kThreads, 2)
+    many_rows(const Product p, const int steps_per_split) {
   using T = Tile<transposed>;
   auto& shared = *reinterpret_cast<Shared<rows, transposed>*>(shared_memory());
   const Weight& w = p.weight;
   const int all_steps =
-      transposed ? (w.n + T::columns - 1) / T::columns : w.byte_rows() / T::byte_rows;
+      transposed ? (w.n + T::columns - 1) / T::columns : w.byte_rows / T::byte_rows;
   const int first_step = blockIdx.z * steps_per_split;
   const int steps = min(steps_per_split, all_steps - first_step);
   const int width = transposed ? T::byte_rows : T::columns;
@@ -235,8 +237,8 @@ template <Dtype D, int rows, bool transposed>
 cudaError_t run(const Product& p, cudaStream_t stream) {
   using T = Tile<transposed>;
   const Weight& w = p.weight;
-  const int steps = transposed ? (w.n + T::columns - 1) / T::columns : w.byte_rows() / T::byte_rows;
-  const int outputs = transposed ? w.byte_rows() : w.n;
+  const int steps = transposed ? (w.n + T::columns - 1) / T::columns : w.byte_rows / T::byte_rows;
+  const int outputs = transposed ? w.byte_rows : w.n;
   const int across = transposed ? T::byte_rows : T::columns;
   const dim3 grid((p.m + rows - 1) / rows, (outputs + across - 1) / across, p.splits);
   return launch(many_rows<D, rows, transposed>, grid, kThreads, sizeof(Shared<rows, transposed>),

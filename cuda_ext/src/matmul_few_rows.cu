@@ -9,6 +9,7 @@
 
 #include "kernels.h"
 #include "store.cuh"
+#include "weight.cuh"
 
 namespace qlora {
 namespace {
@@ -68,7 +69,7 @@ __global__ void __launch_bounds__(kWarps * kLanes, tiles == 1 ? 2 : 1)
   float* levels = reinterpret_cast<float*>(table + kTable);
 
   const int begin = blockIdx.y * units_per_split;
-  const int end = min(begin + units_per_split, w.byte_rows() / kUnit);
+  const int end = min(begin + units_per_split, w.byte_rows / kUnit);
   int unit = begin + warp;
   Codes<depth> codes{};
   // Under way while the table is made.
@@ -90,8 +91,8 @@ __global__ void __launch_bounds__(kWarps * kLanes, tiles == 1 ? 2 : 1)
       const int row = tile * kTileRows + group;
       uint32_t low[depth / 2] = {}, high[depth / 2] = {};
       if (row < p.m) {
-        load_row<depth>(low, p.x + size_t(row) * w.k + w.row_of(byte_row, 0));
-        load_row<depth>(high, p.x + size_t(row) * w.k + w.row_of(byte_row, 1));
+        load_row<depth>(low, p.x + size_t(row) * (2 * w.byte_rows) + row_of(w, byte_row, 0));
+        load_row<depth>(high, p.x + size_t(row) * (2 * w.byte_rows) + row_of(w, byte_row, 1));
       }
 #pragma unroll
       for (int i = 0; i < depth / 2; ++i) {
@@ -123,7 +124,7 @@ __global__ void __launch_bounds__(kWarps * kLanes, tiles == 1 ? 2 : 1)
 #pragma unroll
       for (int four = 0; four < 4; ++four) {
         float scales[4];
-        w.scales(byte_row, column + 4 * four, scales);
+        read_scales(w, byte_row, column + 4 * four, scales);
 #pragma unroll
         for (int tile = 0; tile < tiles; ++tile) {
 #pragma unroll
@@ -164,7 +165,7 @@ __global__ void __launch_bounds__(kWarps * kLanes, tiles == 1 ? 2 : 1)
 
 template <Dtype D, int tiles, int depth>
 cudaError_t run(const Product& p, cudaStream_t stream) {
-  const int units = p.weight.k / 2 / (4 * depth);
+  const int units = p.weight.byte_rows / (4 * depth);
   const int per_split = (units + p.splits - 1) / p.splits;
   const dim3 grid((p.weight.n + kColumns - 1) / kColumns, p.splits);
   constexpr size_t kShared =

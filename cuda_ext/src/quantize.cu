@@ -1,6 +1,9 @@
 // Rounding a dense weight to 4 bits, by the rules of qlora_jax/quant/blockwise.py to the bit.
 
+#include <device/primitives.cuh>
+
 #include "kernels.h"
+#include "weight.cuh"
 
 namespace qlora {
 namespace {

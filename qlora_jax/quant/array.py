@@ -9,10 +9,10 @@ import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
 
-from pallas_kernels import reference
 from qlora_jax.errors import QloraError
 from qlora_jax.quant import blockwise, codebooks
 from qlora_jax.quant.config import CodebookName, QuantConfig, levels
+from qlora_jax.quant.implementations import Implementation, rounding
 
 
 @jax.tree_util.register_dataclass
@@ -80,13 +80,23 @@ class QuantizedArray:
 
     def matrix(self, dtype: Any = None) -> jax.Array:
         """Dense [..., K, N] of `dtype` (the original dtype by default)."""
-        table = jnp.asarray(levels(self.codebook))
-        dense = reference.dequantize(self.codes, self.absmax(), table, dtype or self.dtype)
-        return dense[..., : math.prod(self.k_shape), :]
+        return self._matrix(dtype, None)
 
-    def dequantize(self, dtype: Any = None) -> jax.Array:
-        """Dense array of `shape`."""
-        return self.matrix(dtype).reshape(self.shape)
+    def dequantize(
+        self, dtype: Any = None, *, implementation: Implementation | None = None
+    ) -> jax.Array:
+        """Dense array of `shape`, of `dtype` (the original dtype by default).
+
+        implementation: "cuda" for its kernel, which the compiler cannot fuse with what follows;
+        QloraError where that is not available. By default XLA's operations.
+        """
+        return self._matrix(dtype, implementation).reshape(self.shape)
+
+    def _matrix(self, dtype: Any, implementation: Implementation | None) -> jax.Array:
+        run = rounding(implementation, self.codes.shape[-1]).dequantize
+        table = jnp.asarray(levels(self.codebook))
+        dense = run(self.codes, self.absmax(), table, dtype or self.dtype)
+        return dense[..., : math.prod(self.k_shape), :]
 
     def rows(self, ids: jax.Array, dtype: Any = None) -> jax.Array:
         """Rows `ids` (in [0, K)) of one weight seen as [K, N], decoded alone -> [*ids, N]."""
@@ -112,7 +122,12 @@ class QuantizedArray:
 
 
 def quantize(
-    x: Any, config: QuantConfig, *, name: str = "weight", axes: tuple[int, int] = (1, 1)
+    x: Any,
+    config: QuantConfig,
+    *,
+    name: str = "weight",
+    axes: tuple[int, int] = (1, 1),
+    implementation: Implementation | None = None,
 ) -> QuantizedArray:
     """Quantize x [..., *K axes, *N axes] in blocks along K.
 
@@ -120,11 +135,12 @@ def quantize(
     attention kernel [D, H, Dh]; the axes before them stack weights, each quantized on its own.
     A ShapeDtypeStruct gives an abstract QuantizedArray. Works under jit; outside it, elements that
     are not finite (a NaN would silently poison its block) or larger than 2^126 raise QloraError
-    with `name`.
+    with `name`. implementation: "cuda" for its kernel, with the same result; by default XLA's
+    operations.
     """
     if isinstance(x, jax.ShapeDtypeStruct):
         _check(x, name, axes)
-        return jax.eval_shape(lambda: _quantize(jnp.zeros(x.shape, x.dtype), config, axes))
+        return jax.eval_shape(lambda: _quantize(jnp.zeros(x.shape, x.dtype), config, axes, None))
     x = jnp.asarray(x)
     _check(x, name, axes)
     if not isinstance(x, Tracer):
@@ -134,8 +150,8 @@ def quantize(
                 f"{name}: {bad} of {x.size} elements are not finite (or beyond 2^126); "
                 "such a weight cannot be quantized: check the checkpoint it came from"
             )
-        return _quantize_jit(x, config, axes)
-    return _quantize(x, config, axes)
+        return _quantize_jit(x, config, axes, implementation)
+    return _quantize(x, config, axes, implementation)
 
 
 def _check(x: Any, name: str, axes: tuple[int, int]) -> None:
@@ -148,16 +164,22 @@ def _check(x: Any, name: str, axes: tuple[int, int]) -> None:
         )
 
 
-def _quantize(x: jax.Array, config: QuantConfig, axes: tuple[int, int]) -> QuantizedArray:
+def _quantize(
+    x: jax.Array,
+    config: QuantConfig,
+    axes: tuple[int, int],
+    implementation: Implementation | None,
+) -> QuantizedArray:
     lead = x.ndim - sum(axes)
     k_shape, n_shape = x.shape[lead : lead + axes[0]], x.shape[lead + axes[0] :]
     matrix = x.reshape(*x.shape[:lead], math.prod(k_shape), math.prod(n_shape))
-    codes, absmax = blockwise.absmax_codes(matrix, config.codebook, config.block_size)
+    run = rounding(implementation, matrix.shape[-1]).quantize
+    codes, absmax = run(matrix, levels(config.codebook), config.block_size)
     scales, nested, offset = absmax, None, None
     if config.double_quant:
         scales, nested, offset = blockwise.quantize_scales(absmax)
     return QuantizedArray(
-        codes=reference.pack(codes, config.block_size),
+        codes=codes,
         scales=scales,
         nested=nested,
         offset=offset,
@@ -169,7 +191,7 @@ def _quantize(x: jax.Array, config: QuantConfig, axes: tuple[int, int]) -> Quant
     )
 
 
-_quantize_jit = jax.jit(_quantize, static_argnums=(1, 2))
+_quantize_jit = jax.jit(_quantize, static_argnums=(1, 2, 3))
 
 
 @jax.jit

@@ -7,8 +7,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from pallas_kernels import reference
 from qlora_jax.quant import codebooks
-from qlora_jax.quant.config import CodebookName, levels
 
 NESTED_BLOCK = 256
 """How many absmax values share one nested absmax under double quantization."""
@@ -17,15 +17,13 @@ LARGEST = 2.0**126
 """The largest magnitude whose reciprocal is a normal fp32 number."""
 
 
-def absmax_codes(
-    x: jax.Array, codebook: CodebookName, block_size: int
-) -> tuple[jax.Array, jax.Array]:
-    """Round x [..., K, N] in blocks along K -> (codes, absmax).
+def quantize(x: jax.Array, codebook: np.ndarray, block_size: int) -> tuple[jax.Array, jax.Array]:
+    """Round x [..., K, N] in blocks along K to the levels of codebook [16] -> (codes, absmax).
 
-    codes: uint8 [..., Kp, N], absmax: fp32 [..., Kp/block_size, N], with Kp K rounded up to the
-    block size; padding holds the code of zero and takes no part in absmax. x is multiplied by fp32
-    1/absmax and rounded to the nearest level. |x| must not exceed `LARGEST`, beyond which 1/absmax
-    is a denormal that XLA flushes to zero.
+    codes: uint8 [..., Kp/2, N], packed as pallas_kernels.reference says; absmax: fp32
+    [..., Kp/block_size, N], with Kp K rounded up to the block size; padding holds the code of zero
+    and takes no part in absmax. x is multiplied by fp32 1/absmax and rounded to the nearest level.
+    |x| must not exceed `LARGEST`, beyond which 1/absmax is a denormal that XLA flushes to zero.
     """
     *lead, k, n = x.shape
     padding = -k % block_size
@@ -39,8 +37,8 @@ def absmax_codes(
     # Of a 16-bit x, absmax and codes must not share one fp32 copy: XLA would keep it in memory,
     # twice the size of x, where two conversions on the fly cost nothing.
     blocks = jax.lax.optimization_barrier(blocks)
-    codes = _nearest(blocks.astype(jnp.float32) * inverse[..., :, None, :], levels(codebook))
-    return codes.reshape(*lead, k + padding, n), absmax
+    codes = _nearest(blocks.astype(jnp.float32) * inverse[..., :, None, :], codebook)
+    return reference.pack(codes.reshape(*lead, k + padding, n), block_size), absmax
 
 
 def _nearest(x: jax.Array, table: np.ndarray) -> jax.Array:

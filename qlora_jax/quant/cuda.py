@@ -9,6 +9,8 @@ import importlib.util
 from typing import Any
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 
 PACKAGE = "qlora_cuda"
 
@@ -29,6 +31,25 @@ def unavailable() -> str | None:
 def unsupported(k: int, n: int, block_size: int, dtype: Any) -> str | None:
     """Why the kernels do not take such a weight or such an x; None where they do."""
     return _package().unsupported(k, n, block_size, dtype)
+
+
+def dequantize(codes: jax.Array, scales: jax.Array, codebook: jax.Array, dtype: Any) -> jax.Array:
+    """reference.dequantize of codes [..., K/2, N] and fp32 scales [..., K/block, N]."""
+    *lead, half_k, n = codes.shape
+    # Stacked weights are one tall weight, as every block of theirs is whole.
+    dense = _package().dequantize(
+        codes.reshape(-1, n), scales.reshape(-1, n), codebook, dtype=dtype
+    )
+    return dense.reshape(*lead, 2 * half_k, n)
+
+
+def quantize(x: jax.Array, codebook: np.ndarray, block_size: int) -> tuple[jax.Array, jax.Array]:
+    """blockwise.quantize of x [..., K, N]: the same codes and absmax to the bit."""
+    *lead, k, n = x.shape
+    if lead:
+        x = jnp.pad(x, [(0, 0)] * len(lead) + [(0, -k % block_size), (0, 0)])
+    codes, absmax = _package().quantize(x.reshape(-1, n), codebook, block_size)
+    return codes.reshape(*lead, -1, n), absmax.reshape(*lead, -1, n)
 
 
 def nf4_matmul(x: jax.Array, *weight: jax.Array, **how: Any) -> jax.Array:

@@ -113,6 +113,30 @@ def backends() -> dict[str, str]:
     }
 
 
+class Rounding(NamedTuple):
+    """To 4 bits and back: (x [..., K, N], codebook, block_size) -> codes and absmax, and
+    (codes, scales fp32, codebook, dtype) -> dense, as blockwise and pallas_kernels.reference do."""
+
+    quantize: Callable[..., tuple[jax.Array, jax.Array]]
+    dequantize: Callable[..., jax.Array]
+
+
+def rounding(name: Implementation | None, n: int) -> Rounding:
+    """XLA's operations by default; "cuda" its kernels, for N = n outputs. A name that cannot run,
+    and one that has products only, raise QloraError."""
+    if name is None or name == "xla":
+        return Rounding(blockwise.quantize, reference.dequantize)
+    _known(name)
+    if name != "cuda":
+        raise QloraError(f"implementation={name!r} has products only, it does not quantize")
+    reason = cuda.unavailable() if _forced.get() is None else None
+    if reason is None and n % 16:
+        reason = f"N must be a multiple of 16, got {n}"
+    if reason:
+        raise QloraError(f"implementation={name!r} cannot be used: {reason}")
+    return Rounding(cuda.quantize, cuda.dequantize)
+
+
 def product(
     name: Implementation | None, x: jax.Array, weight: tuple[Any, ...], transposed: bool, **how: Any
 ) -> jax.Array:

@@ -35,9 +35,7 @@ def kernel_call(
         ) -> jax.Array:  # fmt: skip
             if nested and x.shape[0] > nested_rows:
                 scales, nested = blockwise.dequantize_scales(scales, *nested), ()
-            return kernel(
-                x, codes, scales, codebook, *nested, out_dtype=dtype, precision=precision
-            )
+            return kernel(x, codes, scales, codebook, *nested, out_dtype=dtype, precision=precision)
 
         block = 2 * codes.shape[0] // scales.shape[0]
         partitioned = _partitioned(run, transposed, block, bool(nested), out_dtype)
@@ -105,9 +103,7 @@ def _partitioned(
                     size * jax.lax.axis_index(_names(axes)) if axes is not None else 0
                     for size, axes in zip(scales.shape, place, strict=True)
                 ]
-                scales = blockwise.dequantize_scales_at(
-                    scales, *nested, first=first, rows=blocks
-                )
+                scales = blockwise.dequantize_scales_at(scales, *nested, first=first, rows=blocks)
                 nested = ()
             if inner is None:
                 return run(x, codes, scales, codebook, *nested)

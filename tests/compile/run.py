@@ -1,9 +1,10 @@
 """Compile the train step and the kernels for every target, each in a process of its own.
 
-    python -m tests.compile.run COMPILERS
+    python -m tests.compile.run COMPILERS [PROGRAM]
 
-COMPILERS holds the folders `tpu` (libtpu) and `gpu` (JAX's CUDA plugin, ptxas) as `make compile`
-installs them. A process each, because what a target cannot compile may abort the process.
+PROGRAM: only this one of train_step, tpu_kernels and gpu_kernels. COMPILERS holds the folders `tpu`
+(libtpu) and `gpu` (JAX's CUDA plugin, ptxas) as `make compile` installs them. A process each,
+because what a target cannot compile may abort the process.
 """
 
 import os
@@ -23,7 +24,11 @@ SETTINGS = {
     "gpu": {},
 }
 
-PROGRAMS = {"tpu": ("train_step", "tpu_kernels"), "gpu": ("train_step",)}
+PROGRAMS = {"tpu": ("train_step", "tpu_kernels"), "gpu": ("train_step", "gpu_kernels")}
+SKIPPED = (
+    ("train_step", "TPU v4"),  # without a device, a step is compiled with kernels of v5 and later
+    ("gpu_kernels", "RTX A6000"),  # they are Hopper's
+)
 
 
 def environment(compiler: str, folder: Path) -> dict[str, str]:
@@ -36,13 +41,13 @@ def environment(compiler: str, folder: Path) -> dict[str, str]:
     return env
 
 
-def main(compilers: Path) -> int:
+def main(compilers: Path, only: str | None = None) -> int:
     failed = []
     for name, target in TARGETS.items():
         env = environment(target.compiler, compilers.resolve() / target.compiler)
         for program in PROGRAMS[target.compiler]:
-            if (program, name) == ("train_step", "TPU v4"):
-                continue  # without a device, a step is compiled with the kernels of v5 and later
+            if (program, name) in SKIPPED or only not in (None, program):
+                continue
             command = [sys.executable, "-m", f"tests.compile.{program}", name]
             if subprocess.run(command, env=env, check=False).returncode:
                 failed.append(f"{name} ({program})")
@@ -52,6 +57,6 @@ def main(compilers: Path) -> int:
 
 
 if __name__ == "__main__":
-    if len(sys.argv) != 2:
+    if len(sys.argv) not in (2, 3):
         raise SystemExit(__doc__)
-    raise SystemExit(main(Path(sys.argv[1])))
+    raise SystemExit(main(Path(sys.argv[1]), *sys.argv[2:]))

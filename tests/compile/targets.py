@@ -48,6 +48,7 @@ TARGETS = {
     "TPU v5e": _tpu("v5e:2x2"),
     "TPU v5p": _tpu("v5p:2x2x1"),
     "TPU v6e": _tpu("v6e:2x2"),
+    "TPU v7x": _tpu("tpu7x:2x2x1"),
     "RTX A6000": _gpu(
         name="NVIDIA RTX A6000",
         shared=102400,

@@ -46,7 +46,9 @@ def simulated() -> Path:
     """Makes qlora_cuda's functions run on the CPU; gives the path of the library."""
     compiler = os.environ.get("CXX") or shutil.which("g++") or shutil.which("clang++")
     if compiler is None:
-        pytest.skip("the CUDA kernels are simulated with a C++ compiler (g++ or clang++): none here")
+        pytest.skip(
+            "the CUDA kernels are simulated with a C++ compiler (g++ or clang++): none here"
+        )
     path = build(compiler)
     library.register(path, platform="cpu")
     return path

@@ -41,7 +41,10 @@ def result(*shape, dtype="float32"):
         ({"x": array((M, K), "float32")}, r"x must be bfloat16 or float16, got float32\[4, 128\]"),
         ({"x": array((M, N), "bfloat16")}, r"x must be bfloat16\[4, 128\], got bfloat16\[4, 48\]"),
         ({"x": array((M, 2, K), "bfloat16")}, r"x must be \[M, K\] and y \[splits, M, N\], got"),
-        ({"codes": array((K // 2, N), "int8")}, r"codes must be uint8\[64, 48\], got another dtype"),
+        (
+            {"codes": array((K // 2, N), "int8")},
+            r"codes must be uint8\[64, 48\], got another dtype",
+        ),
         ({"codes": array((K // 2,), "uint8")}, r"codes must be uint8\[K/2, N\]"),
         ({"codes": array((K // 2, 40), "uint8")}, r"N one of 16, got K=128 x N=40"),
         ({"codes": array((48, N), "uint8")}, r"K must be a multiple of 64 .* got K=96 x N=48"),

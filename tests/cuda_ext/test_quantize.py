@@ -7,7 +7,8 @@ import pytest
 import qlora_cuda
 
 from pallas_kernels import reference
-from qlora_jax.quant import FP4, NF4, quantize
+from qlora_jax.errors import QloraError
+from qlora_jax.quant import FP4, NF4, quantize, use_implementation
 from qlora_jax.quant.config import levels
 from tests.cuda_ext import problem
 
@@ -32,7 +33,9 @@ def test_dequantize_with_double_quantized_scales():
     np.testing.assert_array_equal(got, reference.dequantize(codes, absmax, codebook, "float32"))
 
 
-@pytest.mark.parametrize("config", [NF4(64, False), FP4(64, False), NF4(32, False), FP4(512, False)])
+@pytest.mark.parametrize(
+    "config", [NF4(64, False), FP4(64, False), NF4(32, False), FP4(512, False)]
+)
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_quantize(config, dtype):
     x = np.array(jax.random.normal(jax.random.key(0), (1100, 32)))  # K no multiple of the block
@@ -47,3 +50,25 @@ def test_quantize(config, dtype):
     want = quantize(x, config)
     np.testing.assert_array_equal(absmax, want.scales)
     np.testing.assert_array_equal(codes, want.codes)
+
+
+@pytest.mark.parametrize("shape", [(200, 48), (3, 128, 48), (2, 100, 48)])
+def test_in_qlora_jax(shape):
+    """By name, single and stacked, K a multiple of the block or not; the same arrays as XLA's."""
+    x = jax.random.normal(jax.random.key(0), shape, jnp.bfloat16)
+    want = quantize(x, NF4())
+    with use_implementation("cuda"):  # the simulated one, which no GPU vouches for
+        got = quantize(x, NF4(), implementation="cuda")
+        dense = got.dequantize(implementation="cuda")
+    jax.tree.map(np.testing.assert_array_equal, got, want)
+    np.testing.assert_array_equal(dense, jax.jit(want.dequantize)())
+
+
+def test_by_name_only_where_it_runs():
+    w = quantize(jnp.ones((64, 40)), NF4())
+    with pytest.raises(QloraError, match="'cuda' cannot be used: .*"):
+        w.dequantize(implementation="cuda")
+    with use_implementation("cuda"), pytest.raises(QloraError, match="multiple of 16, got 40"):
+        w.dequantize(implementation="cuda")
+    with pytest.raises(QloraError, match="'pallas_tpu' has products only"):
+        quantize(jnp.ones((64, 16)), NF4(), implementation="pallas_tpu")

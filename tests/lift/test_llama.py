@@ -99,7 +99,6 @@ def test_no_dense_stack_in_the_program() -> None:
     assert not stacks & float_sizes(jax.make_jaxpr(jax.grad(loss))(adapters))
 
 
-@pytest.mark.standard_promotion  # jax.nn.dot_product_attention needs it in bf16
 # jax.nn.dot_product_attention widens bf16 itself.
 @pytest.mark.standard_promotion
 def test_bfloat16_compute() -> None:

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax.experimental.pallas import tpu as pltpu
 
-from pallas_kernels import tpu
+from pallas_kernels import tpu, tpu_few
 
 SIMULATED = pltpu.InterpretParams(detect_races=True)
 BF16 = 2.0**-8  # a bf16 product rounds x (not here: it is bf16 already) and W once
@@ -27,13 +27,13 @@ def weight(rng: np.random.Generator, k: int, n: int, block: int):
     return (jnp.asarray(packed), jnp.asarray(scales), jnp.asarray(codebook)), dense
 
 
-def check(m, k, n, block, dtype, transposed, target, seed=0):
+def check(m, k, n, block, dtype, transposed, target, seed=0, simulated=SIMULATED):
     rng = np.random.default_rng(seed)
     arrays, dense = weight(rng, k, n, block)
     x = jnp.asarray(rng.normal(size=(m, n if transposed else k)), dtype)
     dense = dense.T if transposed else dense
     kernel = tpu.nf4_matmul_transposed if transposed else tpu.nf4_matmul
-    got = kernel(x, *arrays, jnp.float32, "highest", interpret=SIMULATED, target=target)
+    got = kernel(x, *arrays, jnp.float32, "highest", interpret=simulated, target=target)
     exact = np.asarray(x, np.float64)
     size = np.sqrt((exact**2) @ (dense**2))  # of the terms of each sum, in quadrature
     error = np.abs(np.asarray(got, np.float64) - exact @ dense)
@@ -68,6 +68,29 @@ def test_any_shape(m, blocks, n, block, dtype, transposed, target, seed):
 )
 def test_tiles(m, k, n, block, transposed):
     check(m, k, n, block, jnp.bfloat16, transposed, target=5)
+
+
+@pytest.mark.parametrize("target", [4, 5, 6])
+@pytest.mark.parametrize(
+    ("m", "k", "n", "block"),
+    [
+        pytest.param(1, 704, 136, 64, id="several blocks in a pass of the matrix unit"),
+        pytest.param(20, 768, 256, 128, id="a block in a pass, or two"),
+        pytest.param(9, 1024, 128, 512, id="several passes in a block"),
+    ],
+)
+def test_few_rows(m, k, n, block, target, monkeypatch):
+    """The step for few rows: more steps than one, with NaN beyond the arrays."""
+    monkeypatch.setattr(tpu_few, "DEEPEST", 512)
+    simulated = pltpu.InterpretParams(detect_races=True, uninitialized_memory="nan")
+    assert tpu_few.suits(m, block, jnp.bfloat16)
+    check(m, k, n, block, jnp.bfloat16, False, target, simulated=simulated)
+
+
+def test_blocks_that_the_step_for_few_rows_does_not_take():
+    assert not tpu_few.suits(1, 32, jnp.bfloat16)
+    assert not tpu_few.suits(1, 192, jnp.bfloat16)
+    check(2, 384, 128, 192, jnp.bfloat16, False, target=6)
 
 
 @pytest.mark.parametrize("transposed", [False, True])

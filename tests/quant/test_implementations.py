@@ -37,9 +37,7 @@ def test_backends_name_every_implementation():
 
 def test_what_is_not_here_is_refused_by_name():
     x = jnp.ones((2, K))
-    with pytest.raises(
-        qj.QloraError, match="'pallas_tpu' cannot be used: this process has no TPU"
-    ):
+    with pytest.raises(qj.QloraError, match="'pallas_tpu' cannot be used: this process has no TPU"):
         nf4_matmul(x, quantized(), implementation="pallas_tpu")
     with pytest.raises(qj.QloraError, match="expected one of xla, pallas_tpu"):
         nf4_matmul(x, quantized(), implementation="triton")  # type: ignore[arg-type]

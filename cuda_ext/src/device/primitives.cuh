@@ -9,9 +9,9 @@
 
 #include <cstdint>
 
-namespace qlora {
+#include "weight.h"
 
-enum class Dtype { f32, bf16, f16 };
+namespace qlora {
 
 // The block's dynamic shared memory.
 __device__ inline unsigned char* shared_memory() {

@@ -6,9 +6,9 @@
 
 #include <mutex>
 
-namespace qlora {
+#include "weight.h"
 
-enum class Dtype { f32, bf16, f16 };
+namespace qlora {
 
 inline unsigned char* shared_memory() {
   const auto start = reinterpret_cast<uintptr_t>(simulator::block->memory.data());
