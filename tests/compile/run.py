@@ -3,8 +3,8 @@
     python -m tests.compile.run COMPILERS [PROGRAM]
 
 PROGRAM: only this one of train_step, tpu_kernels and gpu_kernels. COMPILERS holds the folders `tpu`
-(libtpu) and `gpu` (JAX's CUDA plugin, ptxas) as `make compile` installs them. A process each,
-because what a target cannot compile may abort the process.
+(libtpu), `gpu` (JAX's CUDA plugin, ptxas) and `cuda` (qlora-jax-cuda) as `make compile` installs
+them. A process each, because what a target cannot compile may abort the process.
 """
 
 import os
@@ -34,10 +34,12 @@ SKIPPED = (
 def environment(compiler: str, folder: Path) -> dict[str, str]:
     """Ours, with the compiler's packages importable; the devices themselves are not looked for."""
     env = os.environ | SETTINGS[compiler] | {"JAX_PLATFORMS": "cpu", "TF_CPP_MIN_LOG_LEVEL": "3"}
-    env["PYTHONPATH"] = os.pathsep.join([str(folder), env.get("PYTHONPATH", "")])
+    path = [str(folder), env.get("PYTHONPATH", "")]
     if compiler == "gpu":
+        path.insert(0, str(folder.with_name("cuda")))
         (toolkit,) = folder.glob("nvidia/cu*")  # ptxas and libdevice
         env["XLA_FLAGS"] = f"{env.get('XLA_FLAGS', '')} --xla_gpu_cuda_data_dir={toolkit}".strip()
+    env["PYTHONPATH"] = os.pathsep.join(path)
     return env
 
 
