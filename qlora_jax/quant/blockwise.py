@@ -1,7 +1,7 @@
 """Rounding blocks of numbers to a code book by the rules of bitsandbytes, in plain JAX."""
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -58,6 +58,21 @@ def _nearest(x: jax.Array, table: np.ndarray) -> jax.Array:
     return jnp.asarray(order.astype(np.uint8)).at[rank].get(mode="promise_in_bounds")
 
 
+def look_up(table: jax.Array, codes: jax.Array) -> jax.Array:
+    """table[codes], every code being below its length."""
+    return table.at[codes].get(mode="promise_in_bounds")
+
+
+LookUp = Callable[[jax.Array, jax.Array], jax.Array]
+
+
+class Part(NamedTuple):
+    """Where a part of a matrix of scales begins (row, column), and the shape of the whole."""
+
+    first: Sequence[Any]
+    whole: tuple[int, int]
+
+
 def quantize_scales(absmax: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Double quantization of absmax [..., K/b, N] -> (codes uint8 of that shape, nested, offset).
 
@@ -80,39 +95,26 @@ def quantize_scales(absmax: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]
 
 
 def dequantize_scales(
-    codes: jax.Array, nested: jax.Array, offset: jax.Array, levels: jax.Array
-) -> jax.Array:
-    """The inverse of `quantize_scales`, up to its rounding: fp32 absmax [..., K/b, N].
-
-    levels fp32 [256]: what the codes stand for (an argument, so that a caller whose own operands
-    must be explicit can hand it through).
-
-    Op by op this has bitsandbytes' bits; under jit XLA may contract it into a fused multiply-add,
-    which rounds once instead of twice and so differs in the last bit.
-    """
-    *lead, rows, n = codes.shape
-    indices = jnp.swapaxes(codes, -1, -2).reshape(*lead, n * rows)
-    flat = levels.at[indices].get(mode="promise_in_bounds")
-    spread = jnp.repeat(nested, NESTED_BLOCK, axis=-1)[..., : n * rows]
-    absmax = flat * spread + offset[..., None]
-    return jnp.swapaxes(absmax.reshape(*lead, n, rows), -1, -2)
-
-
-def dequantize_scales_at(
     codes: jax.Array,
     nested: jax.Array,
     offset: jax.Array,
     levels: jax.Array,
     *,
-    first: Sequence[Any],
-    rows: int,
+    part: Part | None = None,
+    look_up: LookUp = look_up,
 ) -> jax.Array:
-    """The fp32 scales of a part of one weight: `codes` [r, n] from place `first` (row, column) on.
+    """The inverse of `quantize_scales`, up to its rounding: fp32 absmax [..., K/b, N].
 
-    nested and offset are those of the whole weight, whose scales have `rows` rows.
+    levels fp32 [256]: what the codes stand for (an argument, so that a caller whose own operands
+    must be explicit can hand it through). part: codes are a part of one weight only, nested and
+    offset are of the whole. look_up: how levels are found, where a plain gather is slow.
+
+    Op by op this has bitsandbytes' bits; under jit XLA may contract it into a fused multiply-add,
+    which rounds once instead of twice and so differs in the last bit.
     """
-    row = first[0] + jnp.arange(codes.shape[0], dtype=jnp.int32)
-    column = first[1] + jnp.arange(codes.shape[1], dtype=jnp.int32)
-    group = (column[None, :] * rows + row[:, None]) // NESTED_BLOCK
-    absmax = nested.at[group].get(mode="promise_in_bounds")
-    return levels.at[codes].get(mode="promise_in_bounds") * absmax + offset
+    *lead, rows, n = codes.shape if part is None else part.whole
+    spread = jnp.repeat(nested, NESTED_BLOCK, axis=-1)[..., : n * rows].reshape(*lead, n, rows)
+    spread = jnp.swapaxes(spread, -1, -2)
+    if part is not None:
+        spread = jax.lax.dynamic_slice(spread, part.first, codes.shape)
+    return look_up(levels, codes) * spread + offset[..., None, None]

@@ -16,13 +16,17 @@ from qlora_jax.quant import blockwise
 
 
 def kernel_call(
-    kernel: Callable[..., jax.Array], *, transposed: bool, nested_rows: int = 0
+    kernel: Callable[..., jax.Array],
+    *,
+    transposed: bool,
+    nested_rows: int = 0,
+    look_up: blockwise.LookUp = blockwise.look_up,
 ) -> Callable[..., jax.Array]:
     """`kernel`(x, codes, scales, codebook, *nested, out_dtype=, precision=), fit for vmap and jit.
 
     nested: the nested absmax, the offset and the levels of double-quantized scales, or nothing.
     For at most `nested_rows` rows of x the kernel takes them and reads the scales itself; otherwise
-    it gets fp32 scales.
+    it gets fp32 scales, their levels found by `look_up`.
     """
 
     def call(
@@ -31,10 +35,11 @@ def kernel_call(
     ) -> jax.Array:  # fmt: skip
         def run(
             x: jax.Array, codes: jax.Array, scales: jax.Array, codebook: jax.Array,
-            *nested: jax.Array, dtype: Any = out_dtype,
+            *nested: jax.Array, part: Any = None, dtype: Any = out_dtype,
         ) -> jax.Array:  # fmt: skip
-            if nested and x.shape[0] > nested_rows:
-                scales, nested = blockwise.dequantize_scales(scales, *nested), ()
+            if nested and (x.shape[0] > nested_rows or part is not None):
+                scales = blockwise.dequantize_scales(scales, *nested, part=part, look_up=look_up)
+                nested = ()
             return kernel(x, codes, scales, codebook, *nested, out_dtype=dtype, precision=precision)
 
         block = 2 * codes.shape[0] // scales.shape[0]
@@ -89,25 +94,24 @@ def _partitioned(
         outputs = None if taken & set(_names(outputs)) else outputs
         # Each device needs whole blocks of the weight.
         k_axes = outputs if transposed else inner
-        blocks = args[2].shape[0]
-        if blocks % _count(mesh, k_axes):
+        if args[2].shape[0] % _count(mesh, k_axes):
             outputs, inner = (None, inner) if transposed else (outputs, None)
         place = PartitionSpec(*((outputs, inner) if transposed else (inner, outputs)))
         specs = (PartitionSpec(rows, inner), place, place, *[PartitionSpec()] * len(args[3:]))
 
         def local(x: Any, codes: Any, scales: Any, codebook: Any, *nested: Any) -> Any:
-            if nested and any(place):
+            part = None
+            if any(place):
                 # 256 scales share a nested absmax, across columns: each finds its own by its place
                 # in the whole weight.
                 first = [
                     size * jax.lax.axis_index(_names(axes)) if axes is not None else 0
                     for size, axes in zip(scales.shape, place, strict=True)
                 ]
-                scales = blockwise.dequantize_scales_at(scales, *nested, first=first, rows=blocks)
-                nested = ()
+                part = blockwise.Part(first, args[2].shape)
             if inner is None:
-                return run(x, codes, scales, codebook, *nested)
-            out = run(x, codes, scales, codebook, *nested, dtype=jnp.float32)
+                return run(x, codes, scales, codebook, *nested, part=part)
+            out = run(x, codes, scales, codebook, *nested, part=part, dtype=jnp.float32)
             return jax.lax.psum(out, _names(inner)).astype(out_dtype)
 
         shardings = tuple(NamedSharding(mesh, spec) for spec in specs)

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax.experimental.pallas import tpu as pltpu
 
-from pallas_kernels import tpu, tpu_few
+from pallas_kernels import tpu, tpu_decode, tpu_few
 
 SIMULATED = pltpu.InterpretParams(detect_races=True)
 BF16 = 2.0**-8  # a bf16 product rounds x (not here: it is bf16 already) and W once
@@ -135,3 +135,11 @@ def test_without_a_tpu_the_newest_generation_is_meant(monkeypatch):
     monkeypatch.setattr(jax, "local_devices", lambda: [])
     assert tpu.generation() == max(tpu.GENERATIONS)
     assert tpu.unavailable() == "this process has no TPU"
+
+
+@pytest.mark.parametrize("size", [1, 16, 256])
+def test_a_look_up_by_selects(size):
+    table = np.random.default_rng(0).normal(size=size).astype(np.float32)
+    codes = np.random.default_rng(1).integers(0, size, (3, 70)).astype(np.uint8)
+    got = tpu_decode.look_up_by_selects(jnp.asarray(table), jnp.asarray(codes))
+    np.testing.assert_array_equal(got, table[codes])
