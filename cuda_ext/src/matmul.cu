@@ -254,7 +254,7 @@ cudaError_t run(const Product& p, cudaStream_t stream) {
     error = cudaDeviceGetAttribute(&most, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
   }
   if (error != cudaSuccess) return error;
-  // 128 rows take 77 KiB of shared memory; Turing has 64.
+  // 128 rows take 76 KiB of shared memory; Turing has 64.
   const bool tall = p.m > 64 && most >= int(sizeof(Shared<128, transposed>));
   return tall ? run<D, 128, transposed>(p, stream) : run<D, 64, transposed>(p, stream);
 }
