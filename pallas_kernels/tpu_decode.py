@@ -1,7 +1,5 @@
 """Decoding a tile of a 4-bit weight in VMEM, for the TPU kernels."""
 
-import functools
-
 import jax
 import jax.numpy as jnp
 from jax.experimental.pallas import tpu as pltpu
@@ -73,19 +71,3 @@ def zero_beyond(x: jax.Array, size: jax.Array, axis: int) -> jax.Array:
     words = pltpu.bitcast(x, jnp.int32)
     index = jax.lax.broadcasted_iota(jnp.int32, words.shape, axis)
     return pltpu.bitcast(jnp.where(index < size, words, 0), x.dtype)
-
-
-@functools.partial(jax.jit, inline=True)  # traced once for a shape: it is hundreds of operations
-def look_up_by_selects(table: jax.Array, codes: jax.Array) -> jax.Array:
-    """table[codes] in plain JAX, for a table whose length is a power of two; codes of any shape.
-
-    XLA's gather takes an element at a time on a TPU: the scales of one LLaMA weight would take
-    longer than multiplying 4096 rows by it (1.5 ms for 4096 x 4096 on v5e by the compiler's own
-    estimate, against 0.02 ms for a tree of selects on the bits of the code).
-    """
-    codes = codes.astype(jnp.int32)
-    values = [table[i] for i in range(table.shape[0])]
-    for bit in range((table.shape[0] - 1).bit_length()):
-        odd = (codes >> bit & 1) == 1
-        values = [jnp.where(odd, b, a) for a, b in zip(values[::2], values[1::2], strict=True)]
-    return jnp.broadcast_to(values[0], codes.shape)

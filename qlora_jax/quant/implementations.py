@@ -15,8 +15,7 @@ from typing import Any, Literal, NamedTuple, get_args
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels import gpu, reference, tpu
-from pallas_kernels.tpu_decode import look_up_by_selects
+from pallas_kernels import gpu, reference, tpu, tpu_scales
 from qlora_jax.errors import QloraError
 from qlora_jax.quant import blockwise, cuda
 from qlora_jax.quant.kernel_call import kernel_call
@@ -63,8 +62,8 @@ def _floats_only(k: int, n: int, block_size: int, dtype: Any) -> str | None:
 IMPLEMENTATIONS: dict[str, Products] = {
     "xla": Products(_plain(reference.nf4_matmul), _plain(reference.nf4_matmul_transposed)),
     "pallas_tpu": Products(
-        kernel_call(tpu.nf4_matmul, transposed=False, look_up=look_up_by_selects),
-        kernel_call(tpu.nf4_matmul_transposed, transposed=True, look_up=look_up_by_selects),
+        kernel_call(tpu.nf4_matmul, transposed=False, look_up=tpu_scales.look_up),
+        kernel_call(tpu.nf4_matmul_transposed, transposed=True, look_up=tpu_scales.look_up),
         platform="tpu",
         unavailable=tpu.unavailable,
         unsupported=_floats_only,

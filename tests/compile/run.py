@@ -10,6 +10,7 @@ them. A process each, because what a target cannot compile may abort the process
 import os
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from tests.compile.targets import TARGETS
@@ -20,6 +21,7 @@ SETTINGS = {
         "TPU_WORKER_HOSTNAMES": "localhost",
         "TPU_WORKER_ID": "0",
         "TPU_ACCELERATOR_TYPE": "v5litepod-4",
+        "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",  # no device is there to quarrel about
     },
     "gpu": {},
 }
@@ -29,6 +31,8 @@ SKIPPED = (
     ("train_step", "TPU v4"),  # without a device, a step is compiled with kernels of v5 and later
     ("gpu_kernels", "RTX A6000"),  # they are Hopper's
 )
+
+PARALLEL = 2  # a compilation takes about one core
 
 
 def environment(compiler: str, folder: Path) -> dict[str, str]:
@@ -44,15 +48,25 @@ def environment(compiler: str, folder: Path) -> dict[str, str]:
 
 
 def main(compilers: Path, only: str | None = None) -> int:
-    failed = []
-    for name, target in TARGETS.items():
-        env = environment(target.compiler, compilers.resolve() / target.compiler)
-        for program in PROGRAMS[target.compiler]:
-            if (program, name) in SKIPPED or only not in (None, program):
-                continue
-            command = [sys.executable, "-m", f"tests.compile.{program}", name]
-            if subprocess.run(command, env=env, check=False).returncode:
-                failed.append(f"{name} ({program})")
+    jobs = [
+        (name, program)
+        for name, target in TARGETS.items()
+        for program in PROGRAMS[target.compiler]
+        if (program, name) not in SKIPPED and only in (None, program)
+    ]
+
+    def compiles(job: tuple[str, str]) -> bool:
+        name, program = job
+        compiler = TARGETS[name].compiler
+        env = environment(compiler, compilers.resolve() / compiler)
+        command = [sys.executable, "-m", f"tests.compile.{program}", name]
+        return subprocess.run(command, env=env, check=False).returncode == 0
+
+    with ThreadPoolExecutor(PARALLEL) as pool:
+        fine = list(pool.map(compiles, jobs))
+    failed = [
+        f"{name} ({program})" for (name, program), ok in zip(jobs, fine, strict=True) if not ok
+    ]
     if failed:
         print(f"did not compile for: {', '.join(failed)}")
     return len(failed)

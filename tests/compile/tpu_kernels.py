@@ -14,19 +14,20 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import SingleDeviceSharding
 
-from pallas_kernels import tpu
+from pallas_kernels import tpu, tpu_scales
 from tests.compile.targets import TARGETS
 
 WIDTHS = {"7B": (4096, 11008), "13B": (5120, 13824), "65B": (8192, 22016)}
-ROWS = (1, 64, 512, 4096)
+ROWS = (1, 16, 512, 4096)
+MOST = (64,)  # rows with which the kernel for few takes most memory: with the largest weights
 
 
 def main(name: str) -> None:
     sharding = SingleDeviceSharding(TARGETS[name].device())
     generation = min(int(name.split(" v")[1][0]), max(tpu.GENERATIONS))
     start, count = time.perf_counter(), 0
-    for model, rows in itertools.product(WIDTHS.values(), ROWS):
-        d, f = model
+    cases = [*itertools.product(WIDTHS.values(), ROWS), *((WIDTHS["65B"], m) for m in MOST)]
+    for (d, f), rows in cases:
         for (k, n), transposed in itertools.product([(d, d), (d, f), (f, d)], [False, True]):
             shapes = [
                 ((rows, n if transposed else k), jnp.bfloat16),
@@ -42,6 +43,11 @@ def main(name: str) -> None:
 
             jax.jit(run).lower(*arguments).compile()
             count += 1
+    for d, f in WIDTHS.values():
+        scales = jax.ShapeDtypeStruct((f // 64, d), jnp.uint8, sharding=sharding)
+        levels = jax.ShapeDtypeStruct((256,), jnp.float32, sharding=sharding)
+        jax.jit(tpu_scales.look_up).lower(levels, scales).compile()
+        count += 1
     print(f"{name}: {count} kernels compiled in {time.perf_counter() - start:.0f} s")
 
 

@@ -1,5 +1,7 @@
 """The CUDA kernels of cuda_ext, compiled for a CPU that plays the GPU (simulator/), and registered
-with XLA for the CPU under their own names: the same sources, handlers and Python."""
+with XLA for the CPU under their own names: the same sources, handlers and Python.
+
+On a GPU (JAX_PLATFORMS=cuda, qlora-jax-cuda installed) the tests run the kernels themselves."""
 
 import hashlib
 import os
@@ -41,9 +43,15 @@ def build(compiler: str) -> Path:
     return path
 
 
+ON_A_GPU = jax.default_backend() == "gpu"
+
+
 @pytest.fixture(scope="session")
-def simulated() -> Path:
-    """Makes qlora_cuda's functions run on the CPU; gives the path of the library."""
+def kernels() -> Path:
+    """Makes qlora_cuda's functions run, on a CPU simulated; gives the path of the library."""
+    if ON_A_GPU:
+        library.register(library.PATH)
+        return library.PATH
     compiler = os.environ.get("CXX") or shutil.which("g++") or shutil.which("clang++")
     if compiler is None:
         pytest.skip(

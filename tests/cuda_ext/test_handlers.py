@@ -5,13 +5,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from tests.cuda_ext import problem
+from tests import four_bit
 
-pytestmark = pytest.mark.usefixtures("simulated")
+pytestmark = pytest.mark.usefixtures("kernels")
 
 K, N, M = 128, 48, 4
-ARRAYS, _ = problem.weight(np.random.default_rng(0), K, N, 64)
-NESTED, _ = problem.double_quantized(np.random.default_rng(0), K // 64, N)
+ARRAYS, _ = four_bit.weight(np.random.default_rng(0), K, N, 64)
+NESTED, _ = four_bit.double_quantized(np.random.default_rng(0), K // 64, N)
 GOOD = {
     "x": jnp.zeros((M, K), jnp.bfloat16),
     "codes": ARRAYS[0],

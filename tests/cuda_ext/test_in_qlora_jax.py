@@ -1,4 +1,4 @@
-"""The CUDA kernels, simulated, where users meet them: in nf4_matmul, on a mesh, in a model."""
+"""The CUDA kernels where users meet them: in nf4_matmul, on a mesh, in a model."""
 
 import types
 
@@ -24,7 +24,7 @@ def weight(config=None):
     return qj.quantize(w, config or qj.NF4())
 
 
-@pytest.mark.usefixtures("simulated")
+@pytest.mark.usefixtures("kernels")
 @pytest.mark.parametrize("config", [qj.NF4(), qj.FP4(32, False)], ids=str)
 @pytest.mark.parametrize("m", [3, 40])
 def test_product_and_gradient(m, config):
@@ -46,7 +46,7 @@ def test_product_and_gradient(m, config):
         np.testing.assert_allclose(*(np.asarray(v, np.float32) for v in (a, b)), atol=0.15)
 
 
-@pytest.mark.usefixtures("simulated")
+@pytest.mark.usefixtures("kernels")
 def test_vmap_reads_the_weight_once_for_all():
     w = weight()
     x = jax.random.normal(jax.random.key(1), (4, 3, K), jnp.bfloat16)
@@ -59,7 +59,8 @@ def test_vmap_reads_the_weight_once_for_all():
     np.testing.assert_allclose(np.asarray(got, np.float32), want, rtol=2**-7, atol=0.2)
 
 
-@pytest.mark.usefixtures("simulated")
+@pytest.mark.usefixtures("kernels")
+@pytest.mark.skipif(jax.device_count() < 8, reason="a mesh of eight devices")
 @pytest.mark.parametrize("m", [8, 64])
 def test_on_a_mesh(m):
     """Eight rows a device and fewer: double-quantized scales are found by their place."""
@@ -79,7 +80,7 @@ def test_on_a_mesh(m):
     np.testing.assert_allclose(got, want, atol=0.3)
 
 
-@pytest.mark.usefixtures("simulated")
+@pytest.mark.usefixtures("kernels")
 # jax.nn.dot_product_attention widens bf16 itself.
 @pytest.mark.standard_promotion
 def test_a_model():
@@ -128,8 +129,8 @@ def test_versions(built, found, reason):
     assert got is None if reason is None else re.search(reason, got)
 
 
-def test_it_is_built_for_what_is_installed(simulated):
-    assert library.built_for(simulated) == library.installed()
+def test_it_is_built_for_what_is_installed(kernels):
+    assert library.built_for(kernels) == library.installed()
 
 
 @pytest.mark.parametrize(
@@ -142,12 +143,12 @@ def test_it_is_built_for_what_is_installed(simulated):
         ("cpu", "cpu", None, "it needs an NVIDIA GPU, the default device is a cpu"),
     ],
 )
-def test_unavailable(platform, kind, capability, reason, simulated, monkeypatch):
+def test_unavailable(platform, kind, capability, reason, kernels, monkeypatch):
     device = types.SimpleNamespace(
         platform=platform, device_kind=kind, compute_capability=capability
     )
     monkeypatch.setattr(jax, "local_devices", lambda: [device])
-    monkeypatch.setattr(library, "PATH", simulated)
+    monkeypatch.setattr(library, "PATH", kernels)
     monkeypatch.setattr(library, "register", lambda path: None)
     assert qlora_cuda.unavailable.__wrapped__() == reason
 

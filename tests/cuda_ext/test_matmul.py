@@ -1,4 +1,4 @@
-"""The CUDA products, simulated on the CPU, against float64 NumPy."""
+"""The CUDA products against float64 NumPy."""
 
 import jax.numpy as jnp
 import numpy as np
@@ -8,18 +8,19 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from pallas_kernels import reference
-from tests.cuda_ext import problem
+from tests import four_bit
+from tests.cuda_ext.conftest import ON_A_GPU
 
-pytestmark = pytest.mark.usefixtures("simulated")
+pytestmark = pytest.mark.usefixtures("kernels")
 
 
 def check(m, k, n, block, dtype, transposed, out_dtype="float32", seed=0):
     rng = np.random.default_rng(seed)
-    arrays, dense = problem.weight(rng, k, n, block)
+    arrays, dense = four_bit.weight(rng, k, n, block)
     x = jnp.asarray(rng.normal(size=(m, n if transposed else k)), dtype)
     product = qlora_cuda.nf4_matmul_transposed if transposed else qlora_cuda.nf4_matmul
     got = product(x, *arrays, out_dtype=jnp.dtype(out_dtype))
-    problem.check(got, x, dense.T if transposed else dense, out_dtype)
+    four_bit.check(got, x, dense.T if transposed else dense, out_dtype)
     return np.asarray(got)
 
 
@@ -66,7 +67,7 @@ def test_tiles(m, k, n, block, transposed, monkeypatch):
 @pytest.mark.parametrize("transposed", [False, True])
 def test_many_rows_multiply_the_very_numbers_of_the_reference(dtype, transposed):
     """x = identity: out comes W itself, fp32 level x fp32 absmax rounded once."""
-    arrays, _ = problem.weight(np.random.default_rng(2), 128, 128, 64)
+    arrays, _ = four_bit.weight(np.random.default_rng(2), 128, 128, 64)
     product = qlora_cuda.nf4_matmul_transposed if transposed else qlora_cuda.nf4_matmul
     got = product(jnp.eye(128, dtype=dtype), *arrays, out_dtype=jnp.dtype(dtype))
     want = reference.dequantize(*arrays, dtype)
@@ -78,16 +79,17 @@ def test_many_rows_multiply_the_very_numbers_of_the_reference(dtype, transposed)
 def test_few_rows_read_double_quantized_scales(m, block):
     rng = np.random.default_rng(3)
     k, n = 1024, 208
-    (codes, _, codebook), _ = problem.weight(rng, k, n, block)
-    (scales, *nested), absmax = problem.double_quantized(rng, k // block, n)
+    (codes, _, codebook), _ = four_bit.weight(rng, k, n, block)
+    (scales, *nested), absmax = four_bit.double_quantized(rng, k // block, n)
     x = jnp.asarray(rng.normal(size=(m, k)), jnp.bfloat16)
     got = qlora_cuda.nf4_matmul(x, codes, scales, codebook, *nested, out_dtype=jnp.float32)
     want = qlora_cuda.nf4_matmul(x, codes, jnp.asarray(absmax), codebook, out_dtype=jnp.float32)
     np.testing.assert_array_equal(got, want)
     dense = np.asarray(reference.dequantize(codes, absmax, codebook, jnp.float32), np.float64)
-    problem.check(got, x, dense, "float32")
+    four_bit.check(got, x, dense, "float32")
 
 
+@pytest.mark.skipif(ON_A_GPU, reason="a simulated Turing GPU")
 def test_turing_multiplies_float16_with_less_shared_memory(monkeypatch):
     monkeypatch.setenv("QLORA_SIMULATOR_CAPABILITY", "75")
     check(100, 128, 64, 64, "float16", transposed=False)
@@ -96,7 +98,7 @@ def test_turing_multiplies_float16_with_less_shared_memory(monkeypatch):
 
 
 def test_no_rows():
-    arrays, _ = problem.weight(np.random.default_rng(0), 64, 32, 64)
+    arrays, _ = four_bit.weight(np.random.default_rng(0), 64, 32, 64)
     x = jnp.zeros((0, 64), jnp.bfloat16)
     assert qlora_cuda.nf4_matmul(x, *arrays, out_dtype=jnp.float32).shape == (0, 32)
 

@@ -10,16 +10,16 @@ from pallas_kernels import reference
 from qlora_jax.errors import QloraError
 from qlora_jax.quant import FP4, NF4, quantize, use_implementation
 from qlora_jax.quant.config import levels
-from tests.cuda_ext import problem
+from tests import four_bit
 
-pytestmark = pytest.mark.usefixtures("simulated")
+pytestmark = pytest.mark.usefixtures("kernels")
 DTYPES = ["float32", "bfloat16", "float16"]
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("block", [32, 64, 512])
 def test_dequantize(dtype, block):
-    arrays, _ = problem.weight(np.random.default_rng(0), 1024, 48, block)
+    arrays, _ = four_bit.weight(np.random.default_rng(0), 1024, 48, block)
     got = qlora_cuda.dequantize(*arrays, dtype=dtype)
     assert got.dtype == dtype
     np.testing.assert_array_equal(got, reference.dequantize(*arrays, dtype))
@@ -27,8 +27,8 @@ def test_dequantize(dtype, block):
 
 def test_dequantize_with_double_quantized_scales():
     rng = np.random.default_rng(1)
-    (codes, _, codebook), _ = problem.weight(rng, 256, 80, 64)
-    (scales, *nested), absmax = problem.double_quantized(rng, 4, 80)
+    (codes, _, codebook), _ = four_bit.weight(rng, 256, 80, 64)
+    (scales, *nested), absmax = four_bit.double_quantized(rng, 4, 80)
     got = qlora_cuda.dequantize(codes, scales, codebook, *nested, dtype="float32")
     np.testing.assert_array_equal(got, reference.dequantize(codes, absmax, codebook, "float32"))
 

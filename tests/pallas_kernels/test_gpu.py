@@ -1,10 +1,11 @@
-"""The GPU kernels, simulated on the CPU by JAX's Mosaic GPU interpreter, against float64 NumPy.
+"""The GPU kernels against float64 NumPy: on a Hopper GPU with JAX_PLATFORMS=cuda, otherwise
+simulated on the CPU by JAX's Mosaic GPU interpreter.
 
-Executed here: the wrapper, the choice of tiles, the three warpgroups as threads with their
+Executed by it: the wrapper, the choice of tiles, the three warpgroups as threads with their
 barriers, the pipeline's copies and its zeros beyond the arrays, which bytes and scales meet which
 rows of x, scaling and rounding, both decoded buffers, the sums over parts, what is stored where.
 
-Not executed here, for want of a GPU, only lowered (below) and compiled (tests/compile): the lookup
+Not executed by it, only lowered (below) and compiled (tests/compile): the lookup
 by shuffles, of which a model of the instruction is run instead; the layouts of registers; swizzled
 memory; the transposed operands of wgmma and the transposed store, for which the interpreter gets
 copies. In the interpreter a multiplication is finished at once, so that a missing wait would not
@@ -26,13 +27,14 @@ from jax._src.pallas.mosaic_gpu.interpret.params import InterpretGPUParams
 
 from pallas_kernels import gpu, gpu_decode
 from pallas_kernels.gpu_tiles import WARPGROUPS, Tiles, choose
+from tests import four_bit
 
 # Beyond an array TMA reads zeros and writes nothing. The interpreter does both from JAX 0.11.2 on;
 # older ones read there what stands for uninitialized memory, and drop a store that is partly there.
 CLIPS = hasattr(gpu_callbacks, "_clip_store_to_shape")
 BEYOND = {} if CLIPS else {"out_of_bounds_reads": "uninitialized", "uninitialized_memory": "zero"}
 SIMULATED = InterpretGPUParams(detect_races=True, **BEYOND)
-EPS = {"bfloat16": 2.0**-8, "float16": 2.0**-11}  # by which a decoded value is rounded
+ON_A_GPU = jax.default_backend() == "gpu"
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -66,33 +68,16 @@ def clean_slate():
     gpu_callbacks.reset_gpu_interpret_mode_state()  # a failed kernel leaves its memory behind
 
 
-def weight(rng: np.random.Generator, k: int, n: int, block: int):
-    """Codes, scales and codebook, and the dense weight by an independent decoding."""
-    codes = rng.integers(0, 16, (k // block, block, n))
-    scales = rng.uniform(0.5, 2, (k // block, n)).astype(np.float32)
-    codebook = np.sort(rng.uniform(-1, 1, 16)).astype(np.float32)
-    dense = (codebook.astype(np.float64)[codes] * scales[:, None]).reshape(k, n)
-    packed = codes[:, : block // 2] | codes[:, block // 2 :] << 4
-    packed = packed.reshape(k // 2, n).astype(np.uint8)
-    return (jnp.asarray(packed), jnp.asarray(scales), jnp.asarray(codebook)), dense
-
-
 def check(m, k, n, block, dtype, transposed, out_dtype="float32", seed=0):
     rng = np.random.default_rng(seed)
-    arrays, dense = weight(rng, k, n, block)
+    arrays, dense = four_bit.weight(rng, k, n, block)
     x = jnp.asarray(rng.normal(size=(m, n if transposed else k)), dtype)
     dense = dense.T if transposed else dense
     kernel = gpu.nf4_matmul_transposed if transposed else gpu.nf4_matmul
-    got = kernel(x, *arrays, jnp.dtype(out_dtype), interpret=SIMULATED)
+    got = kernel(x, *arrays, jnp.dtype(out_dtype), interpret=not ON_A_GPU and SIMULATED)
     got.block_until_ready()
-    assert not gpu_callbacks.get_races().races_found
-    assert got.shape == (m, dense.shape[1]) and got.dtype == out_dtype
-    exact = np.asarray(x, np.float64)
-    want = exact @ dense
-    size = np.sqrt((exact**2) @ (dense**2))  # of the terms of each sum, in quadrature
-    error = np.abs(np.asarray(got, np.float64) - want)
-    allowed = 4 * EPS[dtype] * size + EPS.get(out_dtype, 0) * np.abs(want)
-    assert (error <= allowed).all(), (error / allowed).max()
+    assert ON_A_GPU or not gpu_callbacks.get_races().races_found
+    four_bit.check(got, x, dense, out_dtype)
 
 
 # Not shrunk: an example takes a second or two, and says enough.
@@ -151,7 +136,7 @@ def test_each_decoded_number_is_rounded_once():
         jnp.asarray(scales),
         jnp.asarray(codebook),
         jnp.bfloat16,
-        interpret=SIMULATED,
+        interpret=not ON_A_GPU and SIMULATED,
     )
     codes = np.concatenate([bytes_ % 16, bytes_ // 16])
     want = (codebook[codes] * scales).astype(jnp.bfloat16)
@@ -230,13 +215,13 @@ def test_tiles_cover_and_fit(m, k, n, block, transposed):
     ],
 )
 def test_what_it_does_not_take(k, n, block, dtype, message):
-    arrays, _ = weight(np.random.default_rng(0), k, n, block)
+    arrays, _ = four_bit.weight(np.random.default_rng(0), k, n, block)
     with pytest.raises(ValueError, match=message):
         gpu.nf4_matmul(jnp.zeros((4, k), dtype), *arrays, jnp.float32)
 
 
 def test_a_misfit_is_an_error():
-    arrays, _ = weight(np.random.default_rng(0), 128, 64, 64)
+    arrays, _ = four_bit.weight(np.random.default_rng(0), 128, 64, 64)
     with pytest.raises(ValueError, match=r"x \(4, 64\) does not fit a weight of 128 x 64"):
         gpu.nf4_matmul(jnp.zeros((4, 64), jnp.bfloat16), *arrays, jnp.float32)
 

@@ -10,36 +10,20 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax.experimental.pallas import tpu as pltpu
 
-from pallas_kernels import tpu, tpu_decode, tpu_few
+from pallas_kernels import tpu, tpu_few, tpu_scales
+from tests import four_bit
 
 SIMULATED = pltpu.InterpretParams(detect_races=True)
-BF16 = 2.0**-8  # a bf16 product rounds x (not here: it is bf16 already) and W once
-
-
-def weight(rng: np.random.Generator, k: int, n: int, block: int):
-    """Codes, scales and codebook, and the dense weight by an independent decoding."""
-    codes = rng.integers(0, 16, (k // block, block, n))
-    scales = rng.uniform(0.5, 2, (k // block, n)).astype(np.float32)
-    codebook = np.sort(rng.uniform(-1, 1, 16)).astype(np.float32)
-    dense = (codebook.astype(np.float64)[codes] * scales[:, None]).reshape(k, n)
-    packed = codes[:, : block // 2] | codes[:, block // 2 :] << 4
-    packed = packed.reshape(k // 2, n).astype(np.uint8)
-    return (jnp.asarray(packed), jnp.asarray(scales), jnp.asarray(codebook)), dense
 
 
 def check(m, k, n, block, dtype, transposed, target, seed=0, simulated=SIMULATED):
     rng = np.random.default_rng(seed)
-    arrays, dense = weight(rng, k, n, block)
+    arrays, dense = four_bit.weight(rng, k, n, block)
     x = jnp.asarray(rng.normal(size=(m, n if transposed else k)), dtype)
     dense = dense.T if transposed else dense
     kernel = tpu.nf4_matmul_transposed if transposed else tpu.nf4_matmul
     got = kernel(x, *arrays, jnp.float32, "highest", interpret=simulated, target=target)
-    exact = np.asarray(x, np.float64)
-    size = np.sqrt((exact**2) @ (dense**2))  # of the terms of each sum, in quadrature
-    error = np.abs(np.asarray(got, np.float64) - exact @ dense)
-    eps = BF16 if dtype == jnp.bfloat16 else 2.0**-20
-    assert got.shape == (m, dense.shape[1])
-    assert (error <= 4 * eps * size + 1e-30).all(), (error / size).max() / eps
+    four_bit.check(got, x, dense, "float32")
 
 
 @settings(max_examples=6, deadline=None)
@@ -99,7 +83,7 @@ def test_what_lies_beyond_the_arrays_does_not_matter(transposed):
     params = pltpu.InterpretParams(uninitialized_memory="nan")
     rng = np.random.default_rng(1)
     k, n = (128, 576) if transposed else (1088, 128)
-    arrays, dense = weight(rng, k, n, 64)
+    arrays, dense = four_bit.weight(rng, k, n, 64)
     x = jnp.asarray(rng.normal(size=(16, n if transposed else k)), jnp.float32)
     kernel = tpu.nf4_matmul_transposed if transposed else tpu.nf4_matmul
     got = kernel(x, *arrays, jnp.float32, "highest", interpret=params, target=5)
@@ -108,7 +92,7 @@ def test_what_lies_beyond_the_arrays_does_not_matter(transposed):
 
 
 def test_a_misfit_is_an_error():
-    arrays, _ = weight(np.random.default_rng(0), 128, 64, 64)
+    arrays, _ = four_bit.weight(np.random.default_rng(0), 128, 64, 64)
     with pytest.raises(ValueError, match=r"x \(4, 64\) does not fit a weight of 128 x 64"):
         tpu.nf4_matmul(jnp.zeros((4, 64)), *arrays, jnp.float32)
 
@@ -137,9 +121,9 @@ def test_without_a_tpu_the_newest_generation_is_meant(monkeypatch):
     assert tpu.unavailable() == "this process has no TPU"
 
 
-@pytest.mark.parametrize("size", [1, 16, 256])
-def test_a_look_up_by_selects(size):
-    table = np.random.default_rng(0).normal(size=size).astype(np.float32)
-    codes = np.random.default_rng(1).integers(0, size, (3, 70)).astype(np.uint8)
-    got = tpu_decode.look_up_by_selects(jnp.asarray(table), jnp.asarray(codes))
+@pytest.mark.parametrize("shape", [(32, 512), (3, 70), (43, 640)])
+def test_levels_of_scales(shape):
+    table = np.random.default_rng(0).normal(size=256).astype(np.float32)
+    codes = np.random.default_rng(1).integers(0, 256, shape).astype(np.uint8)
+    got = tpu_scales.look_up(jnp.asarray(table), jnp.asarray(codes), SIMULATED)
     np.testing.assert_array_equal(got, table[codes])

@@ -13,7 +13,6 @@ from jax.sharding import PartitionSpec as P
 
 import qlora_jax as qj
 from pallas_kernels import reference
-from pallas_kernels.tpu_decode import look_up_by_selects
 from qlora_jax.quant import implementations
 from qlora_jax.quant.blockwise import dequantize_scales
 from qlora_jax.quant.kernel_call import kernel_call
@@ -75,9 +74,7 @@ def counting(calls: list[tuple[int, ...]], transposed: bool = False, nested_rows
         assert scales.dtype == jnp.float32
         return plain(x, codes, scales, codebook, out_dtype, precision)
 
-    call = kernel_call(
-        kernel, transposed=transposed, nested_rows=nested_rows, look_up=look_up_by_selects
-    )
+    call = kernel_call(kernel, transposed=transposed, nested_rows=nested_rows)
     return functools.partial(call, out_dtype=jnp.float32, precision=None)
 
 

@@ -1,9 +1,11 @@
-"""Random 4-bit weights, decoded independently, and what a product may differ by."""
+"""Random 4-bit weights for the kernels' tests, decoded independently, and what a product may
+differ by."""
 
 import jax.numpy as jnp
 import numpy as np
 
-EPS = {"bfloat16": 2.0**-8, "float16": 2.0**-11}  # by which a decoded number is rounded
+# By which a decoded number is rounded to x's dtype; fp32: by which its products are.
+EPS = {"bfloat16": 2.0**-8, "float16": 2.0**-11, "float32": 2.0**-20}
 
 
 def weight(rng: np.random.Generator, k: int, n: int, block: int):
@@ -29,7 +31,7 @@ def double_quantized(rng: np.random.Generator, blocks: int, n: int):
 
 
 def check(got, x, dense, out_dtype: str) -> None:
-    """got against x @ dense in float64."""
+    """got against x [M, K] @ dense [K, N] in float64."""
     exact = np.asarray(x, np.float64)
     want = exact @ dense
     assert got.shape == want.shape and got.dtype == out_dtype
