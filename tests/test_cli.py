@@ -4,13 +4,20 @@ import ast
 import importlib
 import inspect
 import json
+import shutil
+import sys
 import textwrap
+from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
 
-from qlora_jax import cli, demo_task
+from qlora_jax import cli, demo_task, generation
+from qlora_jax.commands import chat
+from qlora_jax.commands.options import program
 from qlora_jax.commands.train import Train
 from qlora_jax.generation import Sampling
 from qlora_jax.lora import LoraConfig
@@ -109,6 +116,129 @@ def test_merging_into_the_original_weights(folder, rows, tmp_path, capsys):
         "original",
     )
     assert "at most" in capsys.readouterr().out
+
+
+def test_a_folder_in_four_bits_keeps_its_format(folder, rows, tmp_path, capsys):
+    """Whatever was asked for and cannot be had is refused, never ignored."""
+    small, adapter = tmp_path / "small", tmp_path / "adapter"
+    run("quantize", "--model", folder, "--output", small, "--block-size", 32)
+    run("train", "--model", small, "--data", rows, "--output", adapter, "--training.steps", 1)
+    prompt = ("--model", small, "--prompt", "x", "--sampling.max-new-tokens", 1)
+    run("generate", *prompt, "--block-size", 32, "--quantization", "nf4")
+    capsys.readouterr()
+    for asked in (
+        ("--block-size", 64),
+        ("--no-double-quant",),
+        ("--quantization", "fp4"),
+        ("--quantization", "fp4", "--block-size", 32),
+    ):
+        text = refused(capsys, "generate", *prompt, *asked)
+        assert "already quantized as QuantConfig(codebook='nf4', block_size=32" in text
+    text = refused(capsys, "generate", *prompt, "--quantization", "none")
+    assert "its weights are in 4 bits, so --quantization none cannot be" in text
+    merge = ("--model", small, "--adapter", adapter, "--output", tmp_path / "m")
+    text = refused(capsys, "merge", *merge, "--into", "original")
+    assert "the original weights are not in this folder" in text
+    assert not (tmp_path / "m").exists()
+
+
+def test_merging_what_is_trained_in_full_alone(folder, rows, tmp_path, capsys):
+    adapter = tmp_path / "adapter"
+    dense = ("--model", folder, "--quantization", "none")
+    settings = tmp_path / "settings.yaml"
+    settings.write_text("lora: {targets: [], modules_to_save: [norm]}\ntraining: {steps: 1}\n")
+    run("train", "--config", settings, *dense, "--data", rows, "--output", adapter)
+    run("merge", *dense, "--adapter", adapter, "--output", tmp_path / "m")
+    assert "(norm/scale)" in capsys.readouterr().out
+    assert (tmp_path / "m" / "model.safetensors").exists()
+
+
+def test_data_sets_of_the_hub_by_split(folder, rows, tmp_path, capsys, monkeypatch):
+    asked = []
+
+    def load_dataset(name: str, config: str | None, split: str) -> list[dict[str, str]]:
+        asked.append((name, config, split))
+        return [{"prompt": split, "completion": "yes"}] * 4
+
+    monkeypatch.setitem(sys.modules, "datasets", SimpleNamespace(load_dataset=load_dataset))
+    train = ("train", "--model", folder, "--training.steps", 1, "--data", "openai/gsm8k:main")
+    run(*train, "--output", tmp_path / "a", "--eval-data", "openai/gsm8k:main@test")
+    run(*train, "--output", tmp_path / "b", "--eval-data", "openai/gsm8k@validation[:9]")
+    assert asked == [
+        ("openai/gsm8k", "main", "train"),
+        ("openai/gsm8k", "main", "test"),
+        ("openai/gsm8k", "main", "train"),
+        ("openai/gsm8k", None, "validation[:9]"),
+    ]
+    capsys.readouterr()
+    out = ("--output", tmp_path / "c")
+    text = refused(capsys, *train, *out, "--eval-data", "openai/gsm8k:main@train")
+    assert "has the same rows as --data openai/gsm8k:main" in text
+    text = refused(capsys, "train", "--model", folder, "--data", rows, "--eval-data", rows, *out)
+    assert "has the same rows as --data" in text
+
+
+def test_prompts_that_cannot_be_read(folder, tmp_path, capsys):
+    generate = ("generate", "--model", folder, "--prompts")
+    assert "a folder; --prompts takes a text file" in refused(capsys, *generate, tmp_path)
+    assert "no such file" in refused(capsys, *generate, tmp_path / "none")
+    prompts = tmp_path / "latin.txt"
+    prompts.write_bytes("été\n".encode("latin-1"))
+    assert "latin.txt: not UTF-8 text" in refused(capsys, *generate, prompts)
+    prompts.write_text("\n \n")
+    assert "no prompts; expected one to a line" in refused(capsys, *generate, prompts)
+
+
+@pytest.mark.parametrize("command", ["train", "generate", "chat", "demo"])
+def test_a_model_without_a_tokenizer(command, folder, rows, tmp_path, capsys):
+    mute = Path(shutil.copytree(folder, tmp_path / "mute"))
+    for path in mute.glob("tokenizer*"):
+        path.unlink()
+    more = {
+        "train": ("--data", rows, "--output", tmp_path / "out"),
+        "generate": ("--prompt", "x"),
+        "chat": (),
+        "demo": ("--output", tmp_path / "out"),
+    }[command]
+    assert "mute has no tokenizer" in refused(capsys, command, "--model", mute, *more)
+
+
+def test_a_turn_of_a_chat_may_fail(folder, capsys, monkeypatch):
+    """A conversation beyond the context, and Ctrl-C during an answer: the chat goes on."""
+    typed = iter(["x" * 600, "stop", "hello", ""])
+    given: list[str] = []
+
+    def interrupted(model: Any, ids: Any, sampling: Any, *, params: Any) -> Iterator[str]:
+        given.append(model.tokenizer.decode(ids))
+        yield from generation.stream(model, ids, sampling, params=params)
+        if len(given) == 2:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr("builtins.input", lambda _: next(typed))
+    monkeypatch.setattr(chat, "stream", interrupted)
+    run("chat", "--model", folder, "--sampling.max-new-tokens", 3)
+    text = capsys.readouterr().out
+    assert next(typed, None) is None
+    assert "more than the model's context of 512" in text
+    assert "your last line is taken back; /new starts over" in text
+    assert "(stopped)" in text
+    # The line that was too long is gone, the one whose answer was stopped is not.
+    assert "xxx" not in given[2] and "stop" in given[2] and "hello" in given[2]
+
+
+def test_the_program_is_named_as_it_was_called(tmp_path, monkeypatch):
+    script = tmp_path / "venv" / "bin" / "qlora-jax"
+    script.parent.mkdir(parents=True)
+    script.touch(mode=0o755)
+    monkeypatch.setenv("PATH", "/nowhere")
+    monkeypatch.setattr(sys, "argv", [str(script), "demo"])
+    assert program() == str(script)
+    monkeypatch.chdir(tmp_path)
+    assert program() == "venv/bin/qlora-jax"
+    monkeypatch.setenv("PATH", str(script.parent))
+    assert program() == "qlora-jax"
+    monkeypatch.setattr(sys, "argv", ["/elsewhere/qlora_jax/cli.py"])
+    assert program() == "qlora-jax"
 
 
 def test_the_demo(folder, tmp_path, capsys):

@@ -13,8 +13,8 @@ from jax.typing import DTypeLike
 from qlora_jax.checkpoints.folder import new_folder
 from qlora_jax.checkpoints.model import Model
 from qlora_jax.checkpoints.names import parameters
-from qlora_jax.checkpoints.tensors import INDEX, SINGLE
-from qlora_jax.errors import missing
+from qlora_jax.checkpoints.tensors import INDEX, SINGLE, fault_of
+from qlora_jax.errors import QloraError, missing
 from qlora_jax.lora.adapters import named_leaves
 from qlora_jax.lora.array import is_weight
 
@@ -29,7 +29,8 @@ def save_pretrained(
 
     params: the tree to write, `model.params` by default; adapters attached by `lora.attach` are
     merged on the way, W + scaling * A B summed in fp32 and rounded once, layer by layer. Raises
-    QloraError if `folder` is there and not empty.
+    QloraError if `folder` is there and not empty, and for weights that are not finite or that
+    `dtype` cannot hold; then nothing is left behind.
     """
     try:
         from safetensors.numpy import save_file
@@ -67,10 +68,13 @@ def _tensors(
         for layer in range(parameter.layers):
             one = jax.tree.map(lambda x, i=layer: x[i], leaf) if parameter.stacked else leaf
             dense = one.dequantize(dtype) if is_weight(one) else one.astype(dtype)
-            yield (
-                parameter.hf_name(layer),
-                np.ascontiguousarray(parameter.to_file(np.asarray(dense))),
-            )
+            name = parameter.hf_name(layer)
+            if fault := fault_of(dense):
+                raise QloraError(
+                    f"{name}: {fault}; nothing was written. Check the adapters, or choose a dtype "
+                    "of wider range"
+                )
+            yield name, np.ascontiguousarray(parameter.to_file(np.asarray(dense)))
 
 
 def _shards(tensors: Iterator[tuple[str, np.ndarray]]) -> Iterator[dict[str, np.ndarray]]:

@@ -11,6 +11,26 @@ from qlora_jax.models import LlamaConfig, RopeConfig
 from qlora_jax.models.rope import inverse_frequencies
 
 ROPE_FACTORS = "rope_freqs.weight"
+_INTEGERS = ("I8", "I16", "I32", "I64")
+# All that is understood of what shapes attention; anything else there would change the model.
+_KNOWN = {
+    "attention": (
+        "head_count",
+        "head_count_kv",
+        "key_length",
+        "value_length",
+        "layer_norm_rms_epsilon",
+        "sliding_window",
+    ),
+    "rope": (
+        "dimension_count",
+        "freq_base",
+        "scaling.type",
+        "scaling.factor",
+        "scaling.original_context_length",
+        "scaling.finetuned",  # whether the model was trained with the scaling: for the record
+    ),
+}
 
 
 class GGUFFile:
@@ -41,6 +61,11 @@ class GGUFFile:
     def shapes(self) -> dict[str, tuple[int, ...]]:
         # GGUF lists the fastest axis first.
         return {name: tuple(int(n) for n in t.shape[::-1]) for name, t in self._tensors.items()}
+
+    def not_floating(self) -> dict[str, str]:
+        # Q4_K, IQ2_XS and the like are formats of floating-point numbers.
+        kinds = {name: t.tensor_type.name for name, t in self._tensors.items()}
+        return {name: kind for name, kind in kinds.items() if kind in _INTEGERS}
 
     def name(self, parameter: Parameter, layer: int) -> str:
         return parameter.gguf_name(layer)
@@ -78,13 +103,21 @@ class GGUFFile:
 
         if "token_embd.weight" not in self._tensors:
             raise QloraError(f"{self.source}: no token_embd.weight; is this a whole model?")
+        self._refuse_unknown()
         heads, width = need("attention.head_count"), need("embedding_length")
         if isinstance(heads, list):
             raise QloraError(f"{self.source}: head counts that differ by layer are not supported")
         head_dim = self.field(f"{arch}.attention.key_length") or width // heads
+        for key in ("rope.dimension_count", "attention.value_length"):
+            if (other := self.field(f"{arch}.{key}", head_dim)) != head_dim:
+                raise QloraError(
+                    f"{self.source}: {arch}.{key} is {other}, the size of a head {head_dim}; "
+                    "only equal ones are supported"
+                )
         context = need("context_length")
+        window = self._window(context)
         hf = {
-            "model_type": arch,
+            "model_type": arch if window is None else "mistral",
             "vocab_size": self.shapes()["token_embd.weight"][0],
             "hidden_size": width,
             "intermediate_size": need("feed_forward_length"),
@@ -93,6 +126,7 @@ class GGUFFile:
             "num_key_value_heads": self.field(f"{arch}.attention.head_count_kv", heads),
             "head_dim": head_dim,
             "max_position_embeddings": context,
+            "sliding_window": window,
             "rms_norm_eps": _shortest(need("attention.layer_norm_rms_epsilon")),
             "attention_bias": "blk.0.attn_output.bias" in self._tensors,
             "mlp_bias": "blk.0.ffn_up.bias" in self._tensors,
@@ -104,6 +138,31 @@ class GGUFFile:
         theta = _shortest(self.field(f"{arch}.rope.freq_base", 10000.0))
         hf["rope_parameters"] = {"rope_theta": theta, **self._rope(theta, head_dim, context)}
         return LlamaConfig.from_hf(hf)
+
+    def _refuse_unknown(self) -> None:
+        """Settings of attention that are not in `_KNOWN`."""
+        for group, known in _KNOWN.items():
+            prefix = f"{self.architecture}.{group}."
+            unknown = [
+                key
+                for key in self._reader.fields
+                if key.startswith(prefix) and key.removeprefix(prefix) not in known
+            ]
+            if unknown:
+                values = ", ".join(f"{key} = {self.field(key)}" for key in unknown)
+                raise QloraError(f"{self.source}: not supported: {values}")
+
+    def _window(self, context: int) -> int | None:
+        """The window of attention, which Mistral has: its files are of the architecture llama."""
+        window = self.field(f"{self.architecture}.attention.sliding_window")
+        if not window or window >= context:
+            return None
+        if self.architecture != "llama":
+            raise QloraError(
+                f"{self.source}: a sliding window of {window} is not supported: the file does not "
+                "say which layers have it"
+            )
+        return window
 
     def _rope(self, theta: float, head_dim: int, context: int) -> dict[str, Any]:
         arch = self.architecture

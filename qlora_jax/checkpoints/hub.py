@@ -3,9 +3,11 @@
 import re
 from pathlib import Path
 
-from qlora_jax.errors import QloraError, missing
+from qlora_jax.errors import QloraError, missing, reason
 
 _FILES = ("*.json", "*.safetensors", "*.jinja", "tokenizer*", "*.model", "vocab*", "merges.txt")
+# The same weights once more, in the layout of their authors' own programs.
+_NOT = ("consolidated*", "original/*")
 _NAME = r"[\w.-]+/[\w.-]+"
 
 
@@ -21,11 +23,13 @@ def download(name: str) -> Path:
     except ModuleNotFoundError as error:
         raise missing("huggingface_hub", f"downloading {name}", "hf") from error
     try:
-        return Path(huggingface_hub.snapshot_download(name, allow_patterns=list(_FILES)))
+        folder = huggingface_hub.snapshot_download(
+            name, allow_patterns=list(_FILES), ignore_patterns=list(_NOT)
+        )
+        return Path(folder)
     # The hub's client raises errors of its own, of httpx and of requests, by version.
     except Exception as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise QloraError(
             f"{name}: no such file or folder here, and not to be had from the Hugging Face hub "
-            f"({type(error).__name__}: {reason})"
+            f"({reason(error)})"
         ) from error

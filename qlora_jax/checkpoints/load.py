@@ -13,7 +13,7 @@ from qlora_jax.checkpoints.gguf import GGUFFile
 from qlora_jax.checkpoints.hub import download
 from qlora_jax.checkpoints.model import Model
 from qlora_jax.checkpoints.names import Parameter, parameters
-from qlora_jax.checkpoints.tensors import SafetensorsFolder, Tensors, read_json
+from qlora_jax.checkpoints.tensors import SafetensorsFolder, Tensors, fault_of, read_json
 from qlora_jax.errors import QloraError
 from qlora_jax.models import LlamaConfig
 from qlora_jax.quant import Policy, QuantConfig, quantize
@@ -30,17 +30,20 @@ def load(
 
     source        a folder with config.json and safetensors, a .gguf file, a folder that
                   `save_quantized` wrote, or the name of a model on the Hugging Face hub
-    quantization  NF4() or FP4(); None: weights as they are stored
-    dtype         of the computation and of weights that stay dense: fp32 on CPU, bf16 elsewhere
+    quantization  NF4() or FP4(); None: nothing is quantized here. A folder of `save_quantized`
+                  stays in the format that it is in, and any other is refused
+    dtype         of the computation, and what weights that stay dense are cast to: by default
+                  fp32 on CPU, bf16 elsewhere; norms stay fp32
     policy        which weights are quantized: by default every linear kernel but the output head
 
     Tensors are read and quantized one after the other: the host never holds more than the result
-    and two tensors. Raises QloraError for what cannot be read, with every missing, surplus or
-    misshapen tensor listed, and for weights that are not finite.
+    and two tensors. Raises QloraError for what cannot be read, with every tensor listed that is
+    missing, surplus, misshapen or not of floating-point numbers, and for weights not finite.
     """
+    if not isinstance(quantization, QuantConfig | None):
+        raise QloraError(f"quantization is {quantization!r}; expected NF4(), FP4() or None")
+    dtype = _dtype(dtype)
     path = _locate(source)
-    default = jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16
-    dtype = jnp.dtype(default if dtype is None else dtype)
     if path.suffix == ".gguf":
         tensors: Tensors = (file := GGUFFile(path))
         config = file.config
@@ -62,6 +65,18 @@ def load(
     return Model(config, params, tokens, str(source), dtype)
 
 
+def _dtype(asked: DTypeLike | None) -> jnp.dtype:
+    if asked is None:
+        asked = jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16
+    try:
+        dtype = jnp.dtype(asked)
+    except TypeError as error:
+        raise QloraError(f"dtype is {asked!r}, which is no type of numbers") from error
+    if not jnp.issubdtype(dtype, jnp.floating):
+        raise QloraError(f"dtype is {dtype}; a model computes in floating-point numbers")
+    return dtype
+
+
 def _locate(source: str | Path) -> Path:
     path = Path(source).expanduser()
     if path.exists():
@@ -79,8 +94,8 @@ def _read_config(folder: Path) -> LlamaConfig:
 
 
 def _check(config: LlamaConfig, tensors: Tensors) -> None:
-    """Names and shapes of everything, before anything is read."""
-    have = tensors.shapes()
+    """Names, shapes and types of everything, before anything is read."""
+    have, not_floating = tensors.shapes(), tensors.not_floating()
     faults, expected = [], set()
     for parameter in parameters(config):
         for layer in range(parameter.layers):
@@ -90,6 +105,10 @@ def _check(config: LlamaConfig, tensors: Tensors) -> None:
                 faults.append(f"{name}: missing")
             elif have[name] != parameter.file_shape:
                 faults.append(f"{name}: has shape {have[name]}, expected {parameter.file_shape}")
+            elif name in not_floating:
+                faults.append(
+                    f"{name}: has the type {not_floating[name]}, expected floating-point numbers"
+                )
     surplus = [name for name in have if name not in expected and not tensors.ignorable(name)]
     faults += [f"{name}: surplus, nothing in a {config.model_type} uses it" for name in surplus]
     if faults:
@@ -110,8 +129,8 @@ def _read(
         x = _ours(tensors.read(parameter, layer), parameter.kernel, None if quantization else kept)
         if quantization is not None:
             return quantize(x, quantization, name=name)
-        if not bool(_is_finite(x)):
-            raise QloraError(f"{name}: holds numbers that are not finite; check the checkpoint")
+        if fault := fault_of(x):
+            raise QloraError(f"{name}: {fault}; check the checkpoint, or try a wider dtype")
         return x
 
     if not parameter.stacked:
@@ -128,11 +147,6 @@ def _read(
 @functools.partial(jax.jit, static_argnums=(1, 2))
 def _ours(x: jax.Array, transpose: bool, dtype: DTypeLike | None) -> jax.Array:
     return (x.T if transpose else x).astype(dtype or x.dtype)
-
-
-@jax.jit
-def _is_finite(x: jax.Array) -> jax.Array:
-    return jnp.isfinite(x).all()
 
 
 @functools.partial(jax.jit, donate_argnums=0)

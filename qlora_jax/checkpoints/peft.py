@@ -9,18 +9,20 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
 from qlora_jax.checkpoints.folder import new_file
 from qlora_jax.checkpoints.model import Model
 from qlora_jax.checkpoints.names import Parameter, parameters
-from qlora_jax.checkpoints.tensors import open_safetensors, read_json
+from qlora_jax.checkpoints.tensors import fault_of, open_safetensors, read_json
 from qlora_jax.errors import QloraError, missing
 from qlora_jax.lora import Adapters, LoraConfig, LoraWeights
 from qlora_jax.lora.adapters import named_leaves
 from qlora_jax.lora.targets import module_name
-from qlora_jax.quant import QuantizedArray
+from qlora_jax.models.typed import checked, entry, needed
+from qlora_jax.quant import QuantizedArray, path_str
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 _PREFIX = "base_model.model."
@@ -46,8 +48,8 @@ def save(
     """Writes `adapters` of `model` as PEFT does; PEFT loads them onto the same base model.
 
     Rank and alpha come from the adapters; `config`, the one they were made by, adds dropout and
-    rsLoRA. An adapter already in `folder` is replaced. Raises QloraError for a path that the model
-    lacks.
+    rsLoRA. An adapter already in `folder` is replaced. Raises QloraError, before anything is
+    written, for a path that the model lacks and for numbers that are not finite.
     """
     try:
         from safetensors.numpy import save_file
@@ -57,6 +59,11 @@ def save(
     strangers = [path for path in adapters if path not in table]
     if strangers:
         raise QloraError(f"the model has no parameters {strangers}")
+    flat, _ = jax.tree_util.tree_flatten_with_path(adapters)
+    if faults := [f"{path_str(at)}: {fault}" for at, x in flat if (fault := fault_of(x))]:
+        raise QloraError(
+            f"{folder}: nothing was written, the adapters are not whole:\n  " + "\n  ".join(faults)
+        )
     tensors = {_PREFIX + name: x for name, x in _tensors(adapters, table, model)}
     if model.config.tie_word_embeddings:
         tensors |= _tied_head(tensors)
@@ -80,7 +87,7 @@ def _tensors(
             adapter = frozen[path]  # PEFT stores whole modules: a bias too that was not trained
         if adapter is None:
             continue
-        for layer in range(parameter.layers):
+        for layer in _layers(parameter, adapter):
             at = layer if parameter.stacked else ...
             if not isinstance(adapter, LoraWeights):
                 yield parameter.hf_name(layer), _contiguous(parameter.to_file(adapter[at]))
@@ -108,6 +115,22 @@ def _tied_head(tensors: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
     return head
 
 
+def _layers(parameter: Parameter, adapter: Any) -> list[int]:
+    """The layers that are written. `load` gives those without an adapter a scaling of zero."""
+    layers = range(parameter.layers)
+    if isinstance(adapter, LoraWeights) and isinstance(adapter.scaling, tuple):
+        return [layer for layer in layers if adapter.scaling[layer]]
+    return list(layers)
+
+
+def _targets(parameter: Parameter, adapter: LoraWeights) -> set[str]:
+    """What target_modules says of it: its last name, or whole names if only some layers have it."""
+    layers = _layers(parameter, adapter)
+    if len(layers) == parameter.layers:
+        return {parameter.hf_module.rpartition(".")[2]}
+    return {parameter.hf_module.format(layer) for layer in layers}
+
+
 def _is_full(adapter: Any) -> bool:
     return adapter is not None and not isinstance(adapter, LoraWeights)
 
@@ -133,8 +156,9 @@ def _describe(
         divisor = math.sqrt(adapter.rank) if config.rslora else adapter.rank
         module = table[path].hf_module
         if isinstance(adapter.scaling, tuple):
-            for layer, scaling in enumerate(adapter.scaling):
-                settings[module.format(layer)] = (adapter.rank, _number(scaling * divisor))
+            for layer in _layers(table[path], adapter):
+                alpha = _number(adapter.scaling[layer] * divisor)
+                settings[module.format(layer)] = (adapter.rank, alpha)
         else:
             name = module.rpartition("{}.")[2]
             settings[name] = (adapter.rank, _number(adapter.scaling * divisor))
@@ -152,11 +176,10 @@ def _describe(
         "lora_dropout": config.dropout,
         "use_rslora": config.rslora,
         "target_modules": sorted(
-            {
-                table[path].hf_module.rpartition(".")[2]
-                for path, adapter in adapters.items()
-                if isinstance(adapter, LoraWeights)
-            }
+            name
+            for path, adapter in adapters.items()
+            if isinstance(adapter, LoraWeights)
+            for name in _targets(table[path], adapter)
         ),
         "modules_to_save": sorted(name.rpartition("{}.")[2] for name in full) or None,
         "rank_pattern": {name: r for name, (r, _) in settings.items() if r != rank},
@@ -179,11 +202,12 @@ def load(folder: str | Path, model: Model) -> tuple[Adapters, LoraConfig]:
 
     Ranks that differ among the layers are padded with zeros, which stay zero in training. Raises
     QloraError for what is no LoRA, for a variant that is not supported, and, listing them all, for
-    tensors that do not fit the model.
+    tensors that do not fit the model, are not finite, or are not those that adapter_config.json
+    names (target_modules, layers_to_transform, modules_to_save).
     """
     folder = Path(folder)
     about = read_json(folder / CONFIG)
-    _check_supported(about, folder, model)
+    _check_supported(about, folder / CONFIG)
     if not (folder / WEIGHTS).is_file():
         pickled = (folder / "adapter_model.bin").is_file()
         hint = "; adapter_model.bin is a pickle, which is not read" if pickled else ""
@@ -198,11 +222,13 @@ def load(folder: str | Path, model: Model) -> tuple[Adapters, LoraConfig]:
     for name, x in sorted(tensors.items()):
         reading.take(name.removeprefix(_PREFIX), x)
     reading.finish(folder)
-    return reading.adapters, reading.config()
+    try:
+        return reading.adapters, reading.config()
+    except QloraError as error:
+        raise QloraError(f"{folder / CONFIG}: {error}") from error
 
 
-def _check_supported(about: Mapping[str, Any], folder: Path, model: Model) -> None:
-    where = folder / CONFIG
+def _check_supported(about: Mapping[str, Any], where: Path) -> None:
     if about.get("peft_type") != "LORA":
         raise QloraError(
             f"{where}: peft_type is {about.get('peft_type')!r}; only LORA is supported"
@@ -211,8 +237,72 @@ def _check_supported(about: Mapping[str, Any], folder: Path, model: Model) -> No
     if used:
         settings = ", ".join(f"{key}={about[key]!r}" for key in used)
         raise QloraError(f"{where}: not supported: {settings}")
-    if not isinstance(about.get("r"), int) or "lora_alpha" not in about:
-        raise QloraError(f"{where}: r or lora_alpha is missing")
+    try:
+        _check_types(about)
+    except (QloraError, re.error) as error:
+        raise QloraError(f"{where}: {error}") from error
+
+
+def _check_types(about: Mapping[str, Any]) -> None:
+    """Everything that is used below, so that it may be used without asking again."""
+    needed(about, "r", int)
+    needed(about, "lora_alpha", float)
+    entry(about, "lora_dropout", float)
+    entry(about, "use_rslora", bool)
+    entry(about, "ensure_weight_tying", bool)
+    for key, kind in (("rank_pattern", int), ("alpha_pattern", float)):
+        for pattern, value in entry(about, key, Mapping, {}).items():
+            re.compile(pattern)
+            checked(f"{key}[{pattern!r}]", value, kind)
+    for name, rank in {"r": about["r"], **(about.get("rank_pattern") or {})}.items():
+        if rank < 1:
+            raise QloraError(f"the rank {name} is {rank}, expected at least 1")
+    if about.get("target_modules") is None:
+        raise QloraError("target_modules is missing; expected a list of names, or a pattern")
+    for key in ("target_modules", "exclude_modules", "modules_to_save", "layers_pattern"):
+        for name in _texts(about, key):
+            re.compile(name)
+    layers = about.get("layers_to_transform")
+    for layer in layers if isinstance(layers, list) else [layers]:
+        if layer is not None:
+            checked("layers_to_transform", layer, int)
+
+
+def _texts(about: Mapping[str, Any], key: str) -> list[str]:
+    """A list of text, which may also stand alone."""
+    value = about.get(key)
+    if value is None or isinstance(value, str):
+        return [value] if value else []
+    return [checked(key, name, str) for name in checked(key, value, list)]
+
+
+def _is_target(about: Mapping[str, Any], module: str, parameter: Parameter) -> bool:
+    """PEFT's rule (tuners_utils.check_target_module_exists): whether `module` has factors."""
+    excluded = about.get("exclude_modules")
+    if excluded and _names_it(excluded, module):
+        return False
+    # What is trained in full, or lies inside of it, has no factors.
+    if any(re.match(rf"(^|.*\.){m}($|\..*)", module) for m in _texts(about, "modules_to_save")):
+        return False
+    targets = about["target_modules"]
+    if targets == "all-linear":
+        return parameter.kernel and module != "lm_head"
+    if isinstance(targets, str) or module in targets or not _names_it(targets, module):
+        return _names_it(targets, module)
+    layers = about.get("layers_to_transform")
+    if layers is None or layers == []:
+        return True
+    names = _texts(about, "layers_pattern") or [r"[^.]*"]
+    found = (re.match(rf"(?:^|.*?\.){name}\.(\d+)\.", module) for name in names)
+    number = next((int(match[1]) for match in found if match), None)
+    return number in (layers if isinstance(layers, list) else [layers])
+
+
+def _names_it(names: Any, module: str) -> bool:
+    """By PEFT: text is a pattern of the whole name, the texts of a list are ends of it."""
+    if isinstance(names, str):
+        return re.fullmatch(names, module) is not None
+    return module in names or any(module.endswith(f".{name}") for name in names)
 
 
 class _Reading:
@@ -238,6 +328,8 @@ class _Reading:
         if owner is None:
             self.faults.append(f"{name}: the model has no such module")
             return
+        if fault := fault_of(x):
+            self.faults.append(f"{name}: {fault}")
         parameter, layer = owner
         if match is None:
             self._full.setdefault(parameter, {})[layer] = x
@@ -247,7 +339,25 @@ class _Reading:
             factor = "A" if "A" in match["what"].removeprefix("lora_") else "B"
             self._factors.setdefault(parameter, {}).setdefault(layer, {})[factor] = x
 
+    def _compare_with_description(self) -> None:
+        """What was taken against what adapter_config.json names: neither more nor less."""
+        for module, (parameter, layer) in self._modules.items():
+            here = layer in self._factors.get(parameter, {})
+            if here != _is_target(self.about, module, parameter):
+                self.faults.append(
+                    f"{module}: has an adapter, which target_modules or layers_to_transform exclude"
+                    if here
+                    else f"{module}: missing, an adapter that target_modules names"
+                )
+        full = _texts(self.about, "modules_to_save")
+        for name, (parameter, layer) in self._names.items():
+            module = parameter.hf_module.format(layer)
+            if layer in self._full.get(parameter, {}) or not module.endswith(tuple(full)):
+                continue
+            self.faults.append(f"{name}: missing, of a module that modules_to_save names")
+
     def finish(self, folder: Path) -> None:
+        self._compare_with_description()
         for parameter, layers in self._factors.items():
             self._finish_factors(parameter, layers)
         leaves = named_leaves(self.model.params)
@@ -350,7 +460,7 @@ class _Reading:
             rank=rank,
             alpha=alpha,
             dropout=about.get("lora_dropout") or 0.0,
-            rslora=bool(about.get("use_rslora")),
+            rslora=about.get("use_rslora") or False,
             targets=tuple(low_rank),
             rank_pattern={n: w.rank for n, w in low_rank.items() if w.rank != rank},
             modules_to_save=tuple(

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +14,10 @@ from qlora_jax.checkpoints.export import save_config, save_tokenizer
 from qlora_jax.checkpoints.folder import new_folder
 from qlora_jax.checkpoints.model import Model
 from qlora_jax.checkpoints.tensors import read_json
-from qlora_jax.errors import QloraError
+from qlora_jax.errors import QloraError, reason
 from qlora_jax.lora.adapters import named_leaves
 from qlora_jax.models import LlamaConfig, llama
+from qlora_jax.models.typed import checked, needed
 from qlora_jax.quant import QuantConfig, QuantizedArray, path_str, quantize
 
 DESCRIPTION = "quantization.json"
@@ -54,30 +56,77 @@ def is_quantized_folder(folder: Path) -> bool:
     return (folder / DESCRIPTION).is_file()
 
 
+def stored_format(folder: Path) -> QuantConfig:
+    """The 4-bit format of the weights in a folder that `save_quantized` wrote."""
+    return _description(folder)[0]
+
+
 def load_params(
     folder: Path, config: LlamaConfig, asked: QuantConfig | None, dtype: DTypeLike
 ) -> Any:
     """The parameter tree in `folder`, dense weights as `dtype`.
 
-    Raises QloraError if `asked` is another format than the stored one.
+    Raises QloraError if `asked` is another format than the stored one, and for a folder that is
+    damaged or put together of parts that do not belong to each other.
     """
-    about = read_json(folder / DESCRIPTION)
-    if about.get("version") != VERSION:
-        raise QloraError(f"{folder / DESCRIPTION}: version {about.get('version')}, not {VERSION}")
-    stored = QuantConfig(about["codebook"], about["block_size"], about["double_quant"])
+    stored, dtypes = _description(folder)
     if asked is not None and asked != stored:
-        raise QloraError(f"{folder}: already quantized as {stored}, cannot become {asked}")
-    dtypes = about["parameters"]
+        raise QloraError(
+            f"{folder}: already quantized as {stored}, cannot become {asked}; load it as it is, or "
+            "quantize the checkpoint that it was made of"
+        )
 
     def abstract(path: Any, leaf: Any) -> Any:
         name = path_str(path)
         if name in dtypes:
-            return quantize(jax.ShapeDtypeStruct(leaf.shape, jnp.dtype(dtypes[name])), stored)
+            return quantize(jax.ShapeDtypeStruct(leaf.shape, dtypes[name]), stored)
         kept = jnp.float32 if name.endswith("/scale") else dtype
         return jax.ShapeDtypeStruct(leaf.shape, kept)
 
     target = jax.tree_util.tree_map_with_path(abstract, llama.abstract_params(config))
     import orbax.checkpoint as ocp
 
-    with ocp.StandardCheckpointer() as checkpointer:
-        return checkpointer.restore((folder / "params").absolute(), target)
+    where = (folder / "params").absolute()
+    try:
+        with ocp.StandardCheckpointer() as checkpointer:
+            _compare(checkpointer.metadata(where).item_metadata.tree, target)
+            return checkpointer.restore(where, target)
+    # Orbax and TensorStore raise whatever is nearest, for a file cut short a bare Exception.
+    except Exception as error:
+        raise QloraError(
+            f"{folder / 'params'}: cannot be read as the weights that config.json and "
+            f"{DESCRIPTION} describe ({reason(error)}); write the folder anew with save_quantized"
+        ) from error
+
+
+def _compare(stored: Any, target: Any) -> None:
+    """Raises QloraError, naming the first, if arrays have other shapes than they should."""
+    have, want = (
+        {path_str(path): tuple(leaf.shape) for path, leaf in flat}
+        for flat, _ in map(jax.tree_util.tree_flatten_with_path, (stored, target))
+    )
+    odd = [name for name in sorted(have | want) if have.get(name) != want.get(name)]
+    if odd:
+        name = odd[0]
+        raise QloraError(
+            f"{len(odd)} arrays do not fit, the first being {name}: it has the shape "
+            f"{have.get(name)}, expected {want.get(name)}"
+        )
+
+
+def _description(folder: Path) -> tuple[QuantConfig, dict[str, jnp.dtype]]:
+    """The format, and the type of the original of every weight that is in it."""
+    path = folder / DESCRIPTION
+    about = read_json(path)
+    if about.get("version") != VERSION:
+        raise QloraError(f"{path}: version {about.get('version')}, not {VERSION}")
+    try:
+        codebook: Any = needed(about, "codebook", str)  # which QuantConfig checks
+        stored = QuantConfig(
+            codebook, needed(about, "block_size", int), needed(about, "double_quant", bool)
+        )
+        listed = needed(about, "parameters", Mapping)
+        dtypes = {name: jnp.dtype(checked(name, x, str)) for name, x in listed.items()}
+    except (QloraError, TypeError) as error:
+        raise QloraError(f"{path}: {error}; write the folder anew with save_quantized") from error
+    return stored, dtypes

@@ -6,6 +6,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Protocol
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 
 from qlora_jax.checkpoints.names import Parameter
@@ -22,6 +24,10 @@ class Tensors(Protocol):
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """Name -> shape of everything that is there, read from headers alone."""
+        ...
+
+    def not_floating(self) -> dict[str, str]:
+        """Name -> type, as the format calls it, of every tensor that holds no floating numbers."""
         ...
 
     def name(self, parameter: Parameter, layer: int) -> str:
@@ -48,6 +54,7 @@ class SafetensorsFolder:
         self.source = str(folder)
         self._file_of: dict[str, Path] = {}
         self._shapes: dict[str, tuple[int, ...]] = {}
+        self._types: dict[str, str] = {}
         index = folder / INDEX
         if index.is_file():
             listed = _read_index(index)
@@ -60,13 +67,19 @@ class SafetensorsFolder:
             with open_safetensors(file) as opened:
                 for name in opened.keys():  # noqa: SIM118 (no mapping)
                     self._file_of[name] = file
-                    self._shapes[name] = tuple(opened.get_slice(name).get_shape())
+                    header = opened.get_slice(name)
+                    self._shapes[name] = tuple(header.get_shape())
+                    self._types[name] = header.get_dtype()
         lost = [n for n, file in (listed or {}).items() if self._file_of.get(n) != file]
         if lost:
             raise QloraError(f"{index}: not in the files it names: {', '.join(sorted(lost))}")
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
         return self._shapes
+
+    def not_floating(self) -> dict[str, str]:
+        # F64, F32, F16, BF16, F8_E4M3, ...; the others are I64, U8, BOOL and the like.
+        return {n: kind for n, kind in self._types.items() if not kind.startswith(("F", "BF"))}
 
     def name(self, parameter: Parameter, layer: int) -> str:
         return parameter.hf_name(layer)
@@ -125,6 +138,23 @@ def read_json(path: Path) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise QloraError(f"{path}: expected a JSON object, found {type(content).__name__}")
     return content
+
+
+def fault_of(x: Any) -> str | None:
+    """What keeps an array from being a weight, or None: its type, or numbers that are not finite.
+
+    To be put after the tensor's name in an error.
+    """
+    if not jnp.issubdtype(x.dtype, jnp.floating):
+        return f"has the type {x.dtype}, expected floating-point numbers"
+    if odd := int(_count_not_finite(x)):
+        return f"{odd} of {x.size} elements are not finite as {x.dtype}"
+    return None
+
+
+@jax.jit
+def _count_not_finite(x: jax.Array) -> jax.Array:
+    return jnp.sum(~jnp.isfinite(x))
 
 
 def _pickles(folder: Path) -> str:

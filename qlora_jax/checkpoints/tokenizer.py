@@ -1,10 +1,12 @@
 """Tokenizers: those of Hugging Face folders, and those inside GGUF files."""
 
+import contextlib
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from qlora_jax.checkpoints.gguf import GGUFFile
-from qlora_jax.errors import QloraError, missing
+from qlora_jax.errors import QloraError, missing, reason
 
 _FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json")
 
@@ -28,7 +30,8 @@ def from_folder(folder: Path) -> Any:
         from transformers import AutoTokenizer
     except ModuleNotFoundError as error:
         raise missing("transformers", "reading a tokenizer", "hf") from error
-    return AutoTokenizer.from_pretrained(folder)
+    with _read_from(str(folder)):
+        return AutoTokenizer.from_pretrained(folder)
 
 
 def from_gguf(file: GGUFFile) -> Any:
@@ -40,25 +43,42 @@ def from_gguf(file: GGUFFile) -> Any:
         from transformers import PreTrainedTokenizerFast
     except ModuleNotFoundError as error:
         raise missing("transformers", "reading a tokenizer", "hf") from error
-    if kind == "gpt2":
-        tokenizer = _byte_level(file)
-    elif kind == "llama":
-        tokenizer = _sentence_piece(file)
-    else:
-        raise QloraError(f"{file.source}: a tokenizer of kind {kind!r} is not supported")
-    tokens = file.field("tokenizer.ggml.tokens")
-    special = {
-        f"{name}_token": tokens[number]
-        for name, key in (("bos", "bos"), ("eos", "eos"), ("unk", "unknown"), ("pad", "padding"))
-        if (number := file.field(f"tokenizer.ggml.{key}_token_id")) is not None
-    }
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer,
-        chat_template=file.field("tokenizer.chat_template"),
-        clean_up_tokenization_spaces=False,
-        model_max_length=file.config.max_position_embeddings,
-        **special,
-    )
+    with _read_from(file.source):
+        if kind == "gpt2":
+            tokenizer = _byte_level(file)
+        elif kind == "llama":
+            tokenizer = _sentence_piece(file)
+        else:
+            raise QloraError(f"{file.source}: a tokenizer of kind {kind!r} is not supported")
+        tokens = file.field("tokenizer.ggml.tokens")
+        special = {
+            f"{name}_token": tokens[number]
+            for name, key in (
+                ("bos", "bos"),
+                ("eos", "eos"),
+                ("unk", "unknown"),
+                ("pad", "padding"),
+            )
+            if (number := file.field(f"tokenizer.ggml.{key}_token_id")) is not None
+        }
+        return PreTrainedTokenizerFast(
+            tokenizer_object=tokenizer,
+            chat_template=file.field("tokenizer.chat_template"),
+            clean_up_tokenization_spaces=False,
+            model_max_length=file.config.max_position_embeddings,
+            **special,
+        )
+
+
+@contextlib.contextmanager
+def _read_from(source: str) -> Iterator[None]:
+    """Other packages' errors, which they raise of every kind for damaged files, as QloraError."""
+    try:
+        yield
+    except QloraError:
+        raise
+    except Exception as error:
+        raise QloraError(f"{source}: the tokenizer cannot be read ({reason(error)})") from error
 
 
 def _byte_level(file: GGUFFile) -> Any:

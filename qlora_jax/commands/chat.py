@@ -3,7 +3,7 @@
 import dataclasses
 from pathlib import Path
 
-from qlora_jax.commands.options import ModelOptions, with_adapter
+from qlora_jax.commands.options import ModelOptions, need_tokenizer, with_adapter
 from qlora_jax.data import Message
 from qlora_jax.data.tokenize import encode_prompt
 from qlora_jax.errors import QloraError
@@ -12,7 +12,10 @@ from qlora_jax.generation import Sampling, stream
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Chat(ModelOptions):
-    """Talk to a model in the terminal. An empty line or Ctrl-D ends it; /new starts over."""
+    """Talk to a model in the terminal. An empty line or Ctrl-D ends it; /new starts over.
+
+    Ctrl-C ends an answer.
+    """
 
     adapter: Path | None = None
     """Folder of a PEFT adapter."""
@@ -22,13 +25,14 @@ class Chat(ModelOptions):
     """How tokens are chosen."""
 
     def run(self) -> None:
+        """Reads lines and prints answers until the end. What goes wrong with one turn, such as a
+        conversation beyond the model's context, is said, and the turn taken back."""
         model = self.load()
-        if model.tokenizer is None:
-            raise QloraError(f"{self.model} has no tokenizer")
+        need_tokenizer(model)
         params = with_adapter(model, self.adapter)
         opening = [] if self.system is None else [Message("system", self.system)]
         messages = list(opening)
-        print(f"{model}\nAn empty line ends it, /new starts over.")
+        print(f"{model}\nAn empty line ends it, /new starts over, Ctrl-C ends an answer.")
         while True:
             try:
                 text = input("\nyou> ").strip()
@@ -41,10 +45,17 @@ class Chat(ModelOptions):
                 messages = list(opening)
                 continue
             messages.append(Message("user", text))
-            ids = encode_prompt(model.tokenizer, messages)
-            pieces = []
-            for piece in stream(model, ids, self.sampling, params=params):
-                pieces.append(piece)
-                print(piece, end="", flush=True)
+            pieces: list[str] = []
+            try:
+                ids = encode_prompt(model.tokenizer, messages)
+                for piece in stream(model, ids, self.sampling, params=params):
+                    pieces.append(piece)
+                    print(piece, end="", flush=True)
+            except QloraError as error:
+                messages.pop()
+                print(f"{error}\n(your last line is taken back; /new starts over)")
+                continue
+            except KeyboardInterrupt:
+                print(" (stopped)", end="")
             print()
             messages.append(Message("assistant", "".join(pieces)))

@@ -11,6 +11,7 @@ from qlora_jax import demo_task, lora
 from qlora_jax.checkpoints import peft
 from qlora_jax.checkpoints.load import load
 from qlora_jax.commands import smollm2
+from qlora_jax.commands.options import need_tokenizer, program
 from qlora_jax.data import rows_to_examples, tokenize
 from qlora_jax.errors import QloraError, missing
 from qlora_jax.generation import Sampling, complete
@@ -43,6 +44,7 @@ class Demo:
     """Held-out notes that are answered before and after."""
 
     def run(self) -> None:
+        """Downloads, answers, trains, answers again, and prints the comparison."""
         try:
             from rich.console import Console
             from rich.table import Table
@@ -55,6 +57,7 @@ class Demo:
         source = self.model or smollm2.find()
         started = time.perf_counter()
         model = load(source, quantization=NF4())
+        need_tokenizer(model)
         console.print(f"{model} after {time.perf_counter() - started:.0f} s", markup=False)
         console.print(f"a weight: {model.params['layers']['mlp']['up_proj']['kernel']}")
 
@@ -93,9 +96,9 @@ class Demo:
         )
         console.print(
             f"In {output}: the adapter (PEFT loads it), metrics.jsonl and loss.png. Next:\n"
-            f"  qlora-jax chat --model {source} --adapter {output}\n"
-            f"  qlora-jax merge --model {source} --adapter {output} --output merged\n"
-            "  qlora-jax train --help    # with data of your own",
+            f"  {program()} chat --model {source} --adapter {output}\n"
+            f"  {program()} merge --model {source} --adapter {output} --output merged\n"
+            f"  {program()} train --help    # with data of your own",
             markup=False,
             soft_wrap=True,
         )

@@ -4,7 +4,7 @@ import dataclasses
 import json
 from pathlib import Path
 
-from qlora_jax.commands.options import ModelOptions, with_adapter
+from qlora_jax.commands.options import ModelOptions, need_tokenizer, with_adapter
 from qlora_jax.data import Message
 from qlora_jax.data.tokenize import Template, encode_prompt
 from qlora_jax.errors import QloraError
@@ -31,20 +31,16 @@ class Generate(ModelOptions):
     """How tokens are chosen."""
 
     def run(self) -> None:
+        """Prints or writes the answers. Raises QloraError for prompts that cannot be read."""
         if (self.prompt is None) == (self.prompts is None):
             raise QloraError("give one of --prompt and --prompts")
         lines: list[str] = []
         if self.prompts is not None:
-            if not self.prompts.is_file():
-                raise QloraError(f"{self.prompts}: no such file")
-            lines = [line for line in self.prompts.read_text("utf-8").splitlines() if line.strip()]
-            if not lines:
-                raise QloraError(f"{self.prompts}: no prompts")
+            lines = _read_lines(self.prompts)
         model = self.load()
+        need_tokenizer(model)
         params = with_adapter(model, self.adapter)
         if self.prompt is not None:
-            if model.tokenizer is None:
-                raise QloraError(f"{self.model} has no tokenizer")
             ids = encode_prompt(model.tokenizer, [Message("user", self.prompt)], self.template)
             for piece in stream(model, ids, self.sampling, params=params):
                 print(piece, end="", flush=True)
@@ -67,3 +63,20 @@ class Generate(ModelOptions):
         else:
             self.output.write_text("\n".join(rows) + "\n", encoding="utf-8")
             print(f"{len(rows)} answers in {self.output}")
+
+
+def _read_lines(path: Path) -> list[str]:
+    if path.is_dir():
+        raise QloraError(f"{path}: a folder; --prompts takes a text file, a prompt to a line")
+    if not path.is_file():
+        raise QloraError(f"{path}: no such file")
+    try:
+        text = path.read_text("utf-8")
+    except UnicodeDecodeError as error:
+        raise QloraError(
+            f"{path}: not UTF-8 text ({error.reason} at byte {error.start}); save it as UTF-8"
+        ) from error
+    lines = [line for line in text.splitlines() if line.strip()]
+    if not lines:
+        raise QloraError(f"{path}: no prompts; expected one to a line")
+    return lines

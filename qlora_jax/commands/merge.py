@@ -9,7 +9,9 @@ from qlora_jax import lora
 from qlora_jax.checkpoints import peft
 from qlora_jax.checkpoints.export import save_pretrained
 from qlora_jax.checkpoints.load import load
+from qlora_jax.checkpoints.quantized import is_quantized_folder
 from qlora_jax.commands.options import ModelOptions
+from qlora_jax.errors import QloraError
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -26,6 +28,15 @@ class Merge(ModelOptions):
     """Type of the weights written."""
 
     def run(self) -> None:
+        """Writes the checkpoint, and prints how far its weights are from the trained ones.
+
+        Raises QloraError for --into original with a folder that `quantize` wrote.
+        """
+        if self.into == "original" and is_quantized_folder(Path(self.model).expanduser()):
+            raise QloraError(
+                f"{self.model}: the original weights are not in this folder, only 4-bit ones; give "
+                "the checkpoint that it was made of as --model, or leave out --into original"
+            )
         model = self.load()
         adapters, _ = peft.load(self.adapter, model)
         base, original = model, None

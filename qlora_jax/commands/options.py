@@ -1,6 +1,9 @@
 """Settings that several commands share."""
 
 import dataclasses
+import os
+import shutil
+import sys
 from pathlib import Path
 from typing import Any, Literal
 
@@ -8,8 +11,9 @@ from qlora_jax import lora
 from qlora_jax.checkpoints import peft
 from qlora_jax.checkpoints.load import load
 from qlora_jax.checkpoints.model import Model
-from qlora_jax.checkpoints.quantized import is_quantized_folder
-from qlora_jax.quant import FP4, NF4, QuantConfig
+from qlora_jax.checkpoints.quantized import is_quantized_folder, stored_format
+from qlora_jax.errors import QloraError
+from qlora_jax.quant import NF4, QuantConfig
 
 Format = Literal["auto", "nf4", "fp4", "none"]
 DType = Literal["auto", "float32", "bfloat16"]
@@ -22,11 +26,12 @@ class ModelOptions:
     model: str
     """A checkpoint folder, a .gguf file, or a model's name on the Hugging Face hub."""
     quantization: Format = "auto"
-    """Format of the frozen weights; auto: nf4, unless the folder was written by `quantize`."""
-    block_size: int = 64
-    """Weights that share a scale: a power of two from 32 to 4096."""
+    """Format of the frozen weights; auto: nf4, or what a folder written by `quantize` has."""
+    block_size: int | None = None
+    """Weights that share a scale, a power of two from 32 to 4096; None: 64, or what a folder
+    written by `quantize` has."""
     double_quant: bool = True
-    """Store the scales in 8 bits."""
+    """Store the scales in 8 bits; a folder that `quantize` wrote without keeps its own."""
     dtype: DType = "auto"
     """Type of the computation; auto: float32 on CPU, bfloat16 elsewhere."""
 
@@ -36,13 +41,25 @@ class ModelOptions:
         return load(self.model, quantization=self.format(), dtype=dtype)
 
     def format(self) -> QuantConfig | None:
-        """What `load` is to quantize to."""
+        """What `load` is to quantize to. Of a folder in 4 bits it is the stored format with what is
+        asked for put in, so that `load` refuses anything else. Raises QloraError for
+        --quantization none on such a folder."""
+        folder = Path(self.model).expanduser()
+        quantized = is_quantized_folder(folder)
         if self.quantization == "none":
+            if quantized:
+                raise QloraError(
+                    f"{self.model}: its weights are in 4 bits, so --quantization none cannot be; "
+                    "give the checkpoint that it was made of as --model"
+                )
             return None
-        if self.quantization == "auto" and is_quantized_folder(Path(self.model)):
-            return None
-        make = FP4 if self.quantization == "fp4" else NF4
-        return make(self.block_size, self.double_quant)
+        usual = stored_format(folder) if quantized else NF4()
+        return QuantConfig(
+            usual.codebook if self.quantization == "auto" else self.quantization,
+            usual.block_size if self.block_size is None else self.block_size,
+            # That scales are in 8 bits is the default, and no demand.
+            usual.double_quant and self.double_quant,
+        )
 
 
 def with_adapter(model: Model, adapter: Path | None) -> Any:
@@ -50,3 +67,25 @@ def with_adapter(model: Model, adapter: Path | None) -> Any:
     if adapter is None:
         return model.params
     return lora.attach(model.params, peft.load(adapter, model)[0])
+
+
+def need_tokenizer(model: Model) -> None:
+    """Raises QloraError if the model has none: text then means nothing to it."""
+    if model.tokenizer is None:
+        raise QloraError(
+            f"{model.source} has no tokenizer, so text cannot be trained on or generated; put "
+            "tokenizer.json and tokenizer_config.json beside the weights"
+        )
+
+
+def program() -> str:
+    """What starts this program again: `qlora-jax` where PATH has it, else as it was called."""
+    called = Path(sys.argv[0]).absolute()
+    found = shutil.which("qlora-jax")
+    # Under `python -m` and in a notebook it was no program of ours that was called.
+    if called.name != "qlora-jax" or not called.exists():
+        return "qlora-jax"
+    if found and os.path.samefile(found, called):
+        return "qlora-jax"
+    here = Path.cwd()
+    return str(called.relative_to(here) if called.is_relative_to(here) else called)

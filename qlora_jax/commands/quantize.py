@@ -20,6 +20,7 @@ class Quantize(ModelOptions):
     """Folder for the 4-bit model; give it as --model to the other commands."""
 
     def run(self) -> None:
+        """Writes the folder, and prints what it holds. Raises QloraError if that is no 4 bits."""
         if self.quantization == "none":
             raise QloraError("--quantization none leaves nothing to write; choose nf4 or fp4")
         model = self.load()

@@ -4,7 +4,7 @@ import dataclasses
 from pathlib import Path
 
 from qlora_jax.checkpoints import peft
-from qlora_jax.commands.options import ModelOptions
+from qlora_jax.commands.options import ModelOptions, need_tokenizer, program
 from qlora_jax.data import read_examples, tokenize
 from qlora_jax.data.tokenize import Template
 from qlora_jax.errors import QloraError
@@ -18,12 +18,13 @@ class Train(ModelOptions):
     """Fine-tune a model on a data set: QLoRA, or LoRA with --quantization none."""
 
     data: str
-    """A JSON lines file, or a data set's name on the Hugging Face hub ("owner/name[:config]").
-    Rows are {"messages": [...]}, {"prompt", "completion"} or {"question", "answer"}."""
+    """A JSON lines file, or a data set on the Hugging Face hub, "owner/name[:config][@split]" (of
+    the split "train" if none is named). Rows are {"messages": [...]}, {"prompt", "completion"} or
+    {"question", "answer"}."""
     output: Path
     """Folder for the adapter (PEFT's format), metrics.jsonl and loss.png."""
     eval_data: str | None = None
-    """Held-out rows, of the same kinds."""
+    """Held-out rows, from the same kinds of places; not the rows of --data."""
     eval_count: int = 0
     """Without --eval-data: hold out so many rows from the end of --data."""
     max_length: int = 1024
@@ -38,10 +39,18 @@ class Train(ModelOptions):
     """The run."""
 
     def run(self) -> None:
+        """Trains and writes the output folder. Raises QloraError for bad input, most of it before
+        the model is loaded."""
         if (self.output / peft.WEIGHTS).exists():  # said before the model is loaded, not after
             raise QloraError(f"{self.output}: has an adapter already; choose another --output")
         examples = read_examples(self.data)
         held_out = read_examples(self.eval_data) if self.eval_data else []
+        if [row.messages for row in held_out] == [row.messages for row in examples]:
+            raise QloraError(
+                f"--eval-data {self.eval_data} has the same rows as --data {self.data}; give "
+                'others, of the hub another split ("owner/name@test"), or hold some out by '
+                "--eval-count"
+            )
         if not held_out and self.eval_count:
             if not 0 < self.eval_count < len(examples):
                 raise QloraError(
@@ -50,8 +59,7 @@ class Train(ModelOptions):
             examples, held_out = examples[: -self.eval_count], examples[-self.eval_count :]
         model = self.load()
         print(model)
-        if model.tokenizer is None:
-            raise QloraError(f"{self.model} has no tokenizer, so text cannot be trained on")
+        need_tokenizer(model)
         train = tokenize(examples, model.tokenizer, self.max_length, self.template)
         print(f"training: {train}")
         evaluation = None
@@ -71,4 +79,4 @@ class Train(ModelOptions):
             adapters=adapters,
         )
         print(f"{count(result.adapters):,} parameters trained; adapter in {self.output}")
-        print(f"try it: qlora-jax chat --model {self.model} --adapter {self.output}")
+        print(f"try it: {program()} chat --model {self.model} --adapter {self.output}")

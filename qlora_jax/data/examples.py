@@ -130,7 +130,9 @@ def _load_dataset(name: str, split: str) -> list[Example]:
         import datasets
     except ModuleNotFoundError as error:
         raise missing("datasets", f"reading the dataset {name!r}", "datasets") from error
-    # "owner/name:config" selects a configuration, as in openai/gsm8k:main.
+    # "owner/name:config@split", as in openai/gsm8k:main@test.
+    name, _, named = name.partition("@")
+    split = named or split
     repository, _, config = name.partition(":")
     try:
         rows = datasets.load_dataset(repository, config or None, split=split)
@@ -143,8 +145,9 @@ def _load_dataset(name: str, split: str) -> list[Example]:
 
 
 def read_examples(source: str | Path, split: str = "train") -> list[Example]:
-    """Reads a JSON lines file, or a dataset of the Hugging Face Hub ("owner/name[:config]").
+    """Reads a JSON lines file, or a dataset of the Hugging Face Hub.
 
+    The latter is "owner/name[:config][@split]"; `split` is the one of a name without any.
     Blank lines are skipped. Raises QloraError for a path that is not there, and, with file and line
     number, for the first row that cannot be used.
     """

@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from qlora_jax.errors import QloraError
+from qlora_jax.models.typed import checked, entry, needed
 
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
 _ARCHITECTURES = {
@@ -21,6 +22,16 @@ _ROPE_REQUIRED = {
     "llama3": ("factor", "low_freq_factor", "high_freq_factor"),
     "yarn": (),
 }
+_POSITIVE = (
+    "vocab_size",
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "head_dim",
+    "max_position_embeddings",
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,11 +57,15 @@ class RopeConfig:
     @classmethod
     def from_hf(cls, hf: Mapping[str, Any]) -> "RopeConfig":
         """Reads `rope_parameters` (transformers 5) or `rope_scaling` with `rope_theta` (before)."""
-        given = dict(hf.get("rope_parameters") or hf.get("rope_scaling") or {})
+        key = "rope_parameters" if hf.get("rope_parameters") else "rope_scaling"
+        given = dict(entry(hf, key, Mapping, {}))
         kind = given.pop("rope_type", None) or given.pop("type", None) or "default"
         given.pop("type", None)
-        theta = given.pop("rope_theta", None) or hf.get("rope_theta") or 10000.0
-        partial = given.pop("partial_rotary_factor", None) or hf.get("partial_rotary_factor") or 1.0
+        theta = entry(hf, "rope_theta", float) or 10000.0
+        theta = entry(given, "rope_theta", float) or theta
+        partial = given.get("partial_rotary_factor") or hf.get("partial_rotary_factor") or 1.0
+        for name in ("rope_theta", "partial_rotary_factor"):
+            given.pop(name, None)
         if partial != 1.0:
             raise QloraError(f"partial_rotary_factor {partial} is not supported; only 1.0 is")
         if kind not in _ROPE_KINDS:
@@ -66,8 +81,13 @@ class RopeConfig:
             given["original_max_position_embeddings"] = hf.get(
                 "original_max_position_embeddings", hf.get("max_position_embeddings", 2048)
             )
-        given = {key: value for key, value in given.items() if value is not None}
-        return cls(kind=kind, theta=float(theta), **given)
+        kinds = {"original_max_position_embeddings": int, "truncate": bool}
+        settings = {
+            name: checked(f"{key}.{name}", value, kinds.get(name, float))
+            for name, value in given.items()
+            if value is not None
+        }
+        return cls(kind=kind, theta=theta, **settings)
 
     def to_hf(self) -> dict[str, Any]:
         """The `rope_parameters` entry of config.json."""
@@ -109,6 +129,9 @@ class LlamaConfig:
     pad_token_id: int | None = None
 
     def __post_init__(self) -> None:
+        for name in _POSITIVE:
+            if getattr(self, name) < 1:
+                raise QloraError(f"{name} is {getattr(self, name)}, expected at least 1")
         if len(self.layer_types) != self.num_hidden_layers:
             raise QloraError(
                 f"layer_types names {len(self.layer_types)} layers, "
@@ -135,49 +158,47 @@ class LlamaConfig:
             raise QloraError(
                 f"model_type {family!r} is not supported; known families: {', '.join(FAMILIES)}"
             )
-        needed = (
+        required = (
             "vocab_size",
             "hidden_size",
             "intermediate_size",
             "num_hidden_layers",
             "num_attention_heads",
         )
-        missing = [key for key in needed if hf.get(key) is None]
+        missing = [key for key in required if hf.get(key) is None]
         if missing:
             raise QloraError(f"config.json of a {family} model lacks {missing}")
         if hf.get("hidden_act", "silu") != "silu":
             raise QloraError(f"hidden_act {hf['hidden_act']!r} is not supported; only 'silu' is")
-        if hf.get("quantization_config"):
-            method = hf["quantization_config"].get("quant_method")
+        if quantized := entry(hf, "quantization_config", Mapping):
+            method = quantized.get("quant_method")
             raise QloraError(f"the checkpoint is already quantized ({method}); give a dense one")
-        heads, layers = hf["num_attention_heads"], hf["num_hidden_layers"]
-        head_dim = hf.get("head_dim") or (128 if family == "qwen3" else hf["hidden_size"] // heads)
+        sizes = {key: needed(hf, key, int) for key in required}
+        heads, layers = sizes["num_attention_heads"], sizes["num_hidden_layers"]
+        head_dim = entry(hf, "head_dim", int)
+        if head_dim is None:
+            head_dim = 128 if family == "qwen3" else sizes["hidden_size"] // max(heads, 1)
         window, layer_types = _windows(family, hf, layers)
-        attention_bias = bool(hf.get("attention_bias", False)) and family in ("llama", "qwen3")
-        eos = hf.get("eos_token_id")
+        attention_bias = entry(hf, "attention_bias", bool, False) and family in ("llama", "qwen3")
+        usual_kv_heads = 8 if family == "mistral" and "num_key_value_heads" not in hf else heads
         return cls(
+            **sizes,
             model_type=family,
-            vocab_size=hf["vocab_size"],
-            hidden_size=hf["hidden_size"],
-            intermediate_size=hf["intermediate_size"],
-            num_hidden_layers=layers,
-            num_attention_heads=heads,
-            num_key_value_heads=hf.get("num_key_value_heads")
-            or (8 if family == "mistral" and "num_key_value_heads" not in hf else heads),
+            num_key_value_heads=entry(hf, "num_key_value_heads", int, usual_kv_heads),
             head_dim=head_dim,
             layer_types=layer_types,
             sliding_window=window,
-            max_position_embeddings=hf.get("max_position_embeddings") or 2048,
-            rms_norm_eps=float(hf.get("rms_norm_eps", 1e-6)),
+            max_position_embeddings=entry(hf, "max_position_embeddings", int, 2048),
+            rms_norm_eps=entry(hf, "rms_norm_eps", float, 1e-6),
             rope=RopeConfig.from_hf(hf),
             qkv_bias=attention_bias or family == "qwen2",
             o_bias=attention_bias,
-            mlp_bias=bool(hf.get("mlp_bias", False)) and family == "llama",
+            mlp_bias=entry(hf, "mlp_bias", bool, False) and family == "llama",
             qk_norm=family == "qwen3",
-            tie_word_embeddings=bool(hf.get("tie_word_embeddings", False)),
-            bos_token_id=hf.get("bos_token_id"),
-            eos_token_id=() if eos is None else tuple(eos) if isinstance(eos, list) else (eos,),
-            pad_token_id=hf.get("pad_token_id"),
+            tie_word_embeddings=entry(hf, "tie_word_embeddings", bool, False),
+            bos_token_id=entry(hf, "bos_token_id", int),
+            eos_token_id=_end_tokens(hf),
+            pad_token_id=entry(hf, "pad_token_id", int),
         )
 
     def to_hf(self) -> dict[str, Any]:
@@ -224,12 +245,22 @@ def _windows(family: str, hf: Mapping[str, Any], layers: int) -> tuple[int | Non
     """The window and which layers use it: all of Mistral, the upper ones of Qwen, none of Llama."""
     if family == "llama":
         return None, (FULL,) * layers
+    # No entry means 4096 to transformers, null means no window.
+    window = entry(hf, "sliding_window", int, None if "sliding_window" in hf else 4096)
     if family == "mistral":
-        window = hf.get("sliding_window", 4096)
         return window, ((SLIDING if window else FULL),) * layers
-    window = hf.get("sliding_window", 4096) if hf.get("use_sliding_window") else None
-    types = hf.get("layer_types")
+    if not entry(hf, "use_sliding_window", bool, False):
+        window = None
+    types = entry(hf, "layer_types", list)
     if types is None:
-        first = hf.get("max_window_layers", 28)
+        first = entry(hf, "max_window_layers", int, 28)
         types = [SLIDING if window and i >= first else FULL for i in range(layers)]
-    return window, tuple(types)
+    return window, tuple(checked("layer_types", kind, str) for kind in types)
+
+
+def _end_tokens(hf: Mapping[str, Any]) -> tuple[int, ...]:
+    ends = hf.get("eos_token_id")
+    if ends is None:
+        return ()
+    ends = ends if isinstance(ends, list) else [ends]
+    return tuple(checked("eos_token_id", end, int) for end in ends)

@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any
 
 import gguf
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from safetensors.numpy import load_file
@@ -25,9 +26,17 @@ def rows_for_rotation(x: np.ndarray, heads: int) -> np.ndarray:
 
 
 def write(
-    path: Path, folder: Path, *, arch: str = "llama", skip: tuple[str, ...] = (), **more: Any
+    path: Path,
+    folder: Path,
+    *,
+    arch: str = "llama",
+    skip: tuple[str, ...] = (),
+    tensors: dict[str, np.ndarray] | None = None,
+    uint32: dict[str, int] | None = None,
+    float32: dict[str, float] | None = None,
+    **more: Any,
 ) -> Path:
-    """The checkpoint of tests.tiny as a GGUF file."""
+    """The checkpoint of tests.tiny as a GGUF file; more: what else the writer is to add."""
     dense = qj.load(folder)
     stored = load_file(folder / "model.safetensors")
     writer = gguf.GGUFWriter(path, arch)
@@ -51,12 +60,18 @@ def write(
         writer.add_token_merges(more.pop("merges", []))
     for name, number in {"bos": 0, "eos": 1, "pad": 2, **more.pop("special", {})}.items():
         getattr(writer, f"add_{name}_token_id")(number)
+    for key, value in (uint32 or {}).items():
+        writer.add_uint32(f"{arch}.{key}", value)
+    for key, value in (float32 or {}).items():
+        writer.add_float32(f"{arch}.{key}", value)
     for key, value in more.items():
         getattr(writer, f"add_{key}")(*value if isinstance(value, tuple) else (value,))
+    for name, x in (tensors or {}).items():
+        writer.add_tensor(name, x)
     for parameter in parameters(config):
         for layer in range(parameter.layers):
             name = parameter.gguf_name(layer)
-            if name in skip:
+            if name in skip or name in (tensors or {}):
                 continue
             x = stored[parameter.hf_name(layer)]
             if arch == "llama" and ".attn_q." in name:
@@ -90,10 +105,89 @@ def test_the_same_model_as_from_hugging_face(folder, tmp_path):
     assert model.tokenizer.eos_token == "</s>"
 
 
-def test_other_architectures_keep_their_rows(folder, tmp_path):
-    skip = ()
+OWN = {
+    "qwen2": {"attn_q.bias": 64, "attn_k.bias": 32, "attn_v.bias": 32},
+    "qwen3": {"attn_q_norm.weight": 16, "attn_k_norm.weight": 16},
+}
+"""Tensors of a layer that Llama does not have, and their sizes."""
+
+
+@pytest.mark.parametrize("arch", OWN)
+def test_other_architectures_keep_their_rows(arch, folder, tmp_path):
+    rng = np.random.default_rng(0)
+    own = {
+        f"blk.{layer}.{name}": rng.normal(size=size).astype(np.float32)
+        for layer in (0, 1)
+        for name, size in OWN[arch].items()
+    }
+    model = qj.load(write(tmp_path / "m.gguf", folder, arch=arch, tensors=own))
+    assert model.config.model_type == arch
+    stored = load_file(folder / "model.safetensors")
+    attention = model.params["layers"]["self_attn"]
+    for layer in (0, 1):
+        for module in ("q_proj", "k_proj", "v_proj"):
+            kernel = attention[module]["kernel"][layer]
+            x = stored[f"model.layers.{layer}.self_attn.{module}.weight"]
+            np.testing.assert_array_equal(kernel, x.T)
+        for name in OWN[arch]:
+            kind, _, leaf = name.removeprefix("attn_").partition(".")
+            module, leaf = (f"{kind}_proj", leaf) if leaf == "bias" else (kind, "scale")
+            np.testing.assert_array_equal(
+                attention[module][leaf][layer], own[f"blk.{layer}.{name}"]
+            )
+
+
+def test_other_architectures_need_their_own_tensors(folder, tmp_path):
     with pytest.raises(qj.QloraError, match=r"blk\.0\.attn_q\.bias: missing"):
-        qj.load(write(tmp_path / "m.gguf", folder, arch="qwen2", skip=skip))
+        qj.load(write(tmp_path / "m.gguf", folder, arch="qwen2"))
+
+
+def test_mistrals_window(folder, tmp_path):
+    """Mistral is of the architecture llama; Qwen's files do not say which layers have it."""
+    dense = qj.load(folder)
+    window = {"attention.sliding_window": 4}
+    model = qj.load(write(tmp_path / "m.gguf", folder, uint32=window))
+    assert (model.config.model_type, model.config.sliding_window) == ("mistral", 4)
+    assert model.config.layer_types == ("sliding_attention",) * 2
+    ids = jnp.arange(3, 15)[None]
+    ours, without = (m.apply(m.params, ids)[0] for m in (model, dense))
+    np.testing.assert_allclose(ours[:, :4], without[:, :4], atol=1e-5)
+    assert np.abs(ours[:, 4:] - without[:, 4:]).max() > 1e-2
+    wide = {"attention.sliding_window": 512}  # as wide as the context: no window at all
+    assert GGUFFile(write(tmp_path / "wide.gguf", folder, uint32=wide)).config == dense.config
+    with pytest.raises(qj.QloraError, match="a sliding window of 4 is not supported"):
+        GGUFFile(write(tmp_path / "qwen.gguf", folder, arch="qwen2", uint32=window))
+
+
+@pytest.mark.parametrize(
+    ("uint32", "float32", "message"),
+    [
+        ({"rope.dimension_count": 8}, {}, r"rope\.dimension_count is 8, the size of a head 16"),
+        ({"attention.value_length": 8}, {}, r"attention\.value_length is 8, the size of a head"),
+        ({}, {"rope.scaling.attn_factor": 1.5}, r"not supported: llama\.rope\.scaling\.attn_fac"),
+        ({}, {"attention.scale": 0.5}, r"not supported: llama\.attention\.scale = 0\.5"),
+    ],
+)
+def test_settings_that_would_be_ignored_are_refused(uint32, float32, message, folder, tmp_path):
+    with pytest.raises(qj.QloraError, match=message):
+        GGUFFile(write(tmp_path / "m.gguf", folder, uint32=uint32, float32=float32))
+
+
+def test_settings_that_say_nothing_new(folder, tmp_path):
+    usual = {"rope.dimension_count": 16, "attention.key_length": 16, "attention.value_length": 16}
+    model = GGUFFile(write(tmp_path / "m.gguf", folder, uint32=usual))
+    assert model.config == qj.load(folder).config
+
+
+def test_tensors_of_whole_numbers_are_listed(folder, tmp_path):
+    path = write(tmp_path / "m.gguf", folder, tensors={"output_norm.weight": np.ones(64, np.int32)})
+    with pytest.raises(qj.QloraError, match=r"output_norm\.weight: has the type I32, expected"):
+        qj.load(path)
+
+
+def test_a_damaged_tokenizer(folder, tmp_path):
+    with pytest.raises(qj.QloraError, match=r"m\.gguf: the tokenizer cannot be read \(\w+"):
+        qj.load(write(tmp_path / "m.gguf", folder, special={"eos": 9999}))
 
 
 def test_tensors_that_do_not_fit_are_listed(folder, tmp_path):

@@ -1,5 +1,7 @@
 """Reading Hugging Face folders: what is read is what was written, and every fault is named."""
 
+import dataclasses
+import gc
 import json
 import shutil
 from pathlib import Path
@@ -11,7 +13,7 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 import qlora_jax as qj
-from qlora_jax.checkpoints import export
+from qlora_jax.checkpoints import export, hub
 from qlora_jax.checkpoints.quantized import save_quantized
 from qlora_jax.lora.adapters import named_leaves
 from tests import tiny
@@ -89,6 +91,34 @@ def test_bfloat16_files_keep_their_bits(folder, copy):
     assert (kernel[1] == halves["model.layers.1.mlp.up_proj.weight"].T).all()
 
 
+def test_tensors_that_hold_no_floating_point_numbers_are_listed(copy):
+    tensors = load_file(copy / "model.safetensors")
+    for name, kind in (
+        ("model.norm.weight", np.int64),
+        ("model.embed_tokens.weight", np.uint8),
+        ("model.layers.1.mlp.up_proj.weight", np.int8),
+    ):
+        tensors[name] = tensors[name].astype(kind)
+    save_file(tensors, copy / "model.safetensors")
+    for quantization in (None, qj.NF4()):
+        with pytest.raises(qj.QloraError) as error:
+            qj.load(copy, quantization=quantization)
+        text = str(error.value)
+        assert "model.norm.weight: has the type I64, expected floating-point numbers" in text
+        assert "model.embed_tokens.weight: has the type U8" in text
+        assert "model.layers.1.mlp.up_proj.weight: has the type I8" in text
+        assert text.count("\n") == 3
+
+
+def test_arguments_of_the_wrong_kind(folder):
+    with pytest.raises(qj.QloraError, match=r"quantization is 'nf4'; expected NF4\(\), FP4\(\)"):
+        qj.load(folder, quantization="nf4")  # type: ignore[arg-type]
+    with pytest.raises(qj.QloraError, match="dtype is 'float99'"):
+        qj.load(folder, dtype="float99")
+    with pytest.raises(qj.QloraError, match="dtype is int32"):
+        qj.load(folder, dtype=jnp.int32)
+
+
 def test_everything_that_does_not_fit_is_listed(copy):
     tensors = load_file(copy / "model.safetensors")
     del tensors["model.norm.weight"]
@@ -110,7 +140,7 @@ def test_a_weight_that_is_not_finite_is_named(copy):
     tensors["model.embed_tokens.weight"][0, 0] = np.inf
     save_file(tensors, copy / "model.safetensors")
     with pytest.raises(
-        qj.QloraError, match="embed_tokens.weight: holds numbers that are not finite"
+        qj.QloraError, match=r"embed_tokens\.weight: 1 of 16576 elements are not finite as float32"
     ):
         qj.load(copy, quantization=qj.NF4())
     tensors["model.embed_tokens.weight"][0, 0] = 0
@@ -159,6 +189,7 @@ def test_a_truncated_file(copy):
     [
         ({"model_type": "mamba"}, "'mamba' is not supported"),
         ({"hidden_act": "gelu"}, "hidden_act 'gelu'"),
+        ({"hidden_size": "64"}, "copy: hidden_size is '64', expected a whole number"),
         ({"rope_scaling": {"rope_type": "longrope"}}, "'longrope' is not supported"),
         ({"quantization_config": {"quant_method": "gptq"}}, "already quantized"),
     ],
@@ -167,6 +198,47 @@ def test_a_configuration_that_is_not_supported(settings, message, copy):
     change(copy, **settings)
     with pytest.raises(qj.QloraError, match=message):
         qj.load(copy)
+
+
+@pytest.mark.parametrize(
+    ("file", "content"),
+    [
+        ("tokenizer.json", "{"),
+        ("tokenizer.json", "{}"),
+        ("tokenizer.json", None),
+        ("tokenizer_config.json", "not JSON"),
+    ],
+)
+def test_a_tokenizer_that_cannot_be_read(file, content, copy):
+    path = copy / file
+    path.unlink() if content is None else path.write_text(content)
+    with pytest.raises(qj.QloraError, match=r"copy: the tokenizer cannot be read \(\w+: ") as error:
+        qj.load(copy)
+    assert "\n" not in str(error.value)
+
+
+def test_what_is_not_downloaded(monkeypatch):
+    """Repositories that hold the weights twice are fetched once."""
+    import fnmatch
+
+    import huggingface_hub
+
+    given = {}
+    monkeypatch.setattr(
+        huggingface_hub, "snapshot_download", lambda name, **more: given.update(more) or "there"
+    )
+    assert hub.download("owner/model") == Path("there")
+
+    def fetched(file: str) -> bool:
+        """huggingface_hub.utils.filter_repo_objects' rule."""
+        wanted, unwanted = given["allow_patterns"], given["ignore_patterns"]
+        matches = (any(fnmatch.fnmatch(file, p) for p in some) for some in (wanted, unwanted))
+        return next(matches) and not next(matches)
+
+    assert fetched("model-00001-of-00002.safetensors") and fetched("tokenizer.json")
+    for file in ("consolidated.safetensors", "consolidated-00001-of-00002.safetensors"):
+        assert not fetched(file)
+    assert not fetched("original/params.json") and not fetched("original/tokenizer.model")
 
 
 def test_sources_that_are_not_there(tmp_path):
@@ -209,6 +281,78 @@ def test_a_quantized_model_comes_back_as_it_was(folder, tmp_path):
     with pytest.raises(qj.QloraError, match="0 4-bit formats"):
         save_quantized(tmp_path / "dense", qj.load(folder))
     assert not (tmp_path / "dense").exists()
+
+
+@pytest.fixture(scope="module")
+def four_bits(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("quantized") / "q"
+    save_quantized(path, qj.load(folder, quantization=qj.NF4()))
+    return path
+
+
+def describe(folder: Path, **settings: object) -> None:
+    path = folder / "quantization.json"
+    about = json.loads(path.read_text()) | settings
+    path.write_text(json.dumps({key: x for key, x in about.items() if x is not None}))
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda q: describe(q, codebook=None), "quantization.json: codebook is missing"),
+        (lambda q: describe(q, codebook="nf5"), "quantization.json: unknown code book 'nf5'"),
+        (lambda q: describe(q, block_size="64"), "block_size is '64', expected a whole number"),
+        (lambda q: describe(q, parameters={"a": "float99"}), "quantization.json: .*float99"),
+        (lambda q: describe(q, parameters=None), "parameters is missing"),
+        (lambda q: describe(q, block_size=32), r"/scales: .* \(2, 2, 64\), expected \(2, 4, 64\)"),
+        (lambda q: change(q, intermediate_size=256), r"params: .*6 arrays do not fit"),
+        (lambda q: shutil.rmtree(q / "params"), "params: cannot be read as the weights that"),
+    ],
+    ids=["no code book", "strange code book", "block size of text", "strange type", "no list",
+         "another block size", "another shape", "no weights"],
+)  # fmt: skip
+def test_a_damaged_quantized_folder(damage, message, four_bits, tmp_path):
+    copy = Path(shutil.copytree(four_bits, tmp_path / "q"))
+    damage(copy)
+    with pytest.raises(qj.QloraError, match=message) as error:
+        qj.load(copy)
+    assert "\n" not in str(error.value)
+
+
+# Orbax leaves the reads that it gave up to the garbage collector, with their errors.
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+def test_a_quantized_folder_cut_short(four_bits, tmp_path):
+    copy = Path(shutil.copytree(four_bits, tmp_path / "q"))
+    files = [path for path in (copy / "params").rglob("*") if path.is_file()]
+    largest = max(files, key=lambda path: path.stat().st_size)
+    largest.write_bytes(largest.read_bytes()[:100])
+    with pytest.raises(qj.QloraError, match="params: cannot be read as the weights") as error:
+        qj.load(copy)
+    assert "\n" not in str(error.value)
+    del error
+    gc.collect()
+
+
+def test_what_is_not_finite_is_not_exported(folder, tmp_path):
+    """Neither an adapter's NaN nor what the type of the file cannot hold."""
+    model = qj.load(folder, quantization=qj.NF4())
+    adapters = qj.lora.init(
+        jax.random.key(0), model.params, qj.LoraConfig(rank=4, targets=("up_proj",))
+    )
+    ((path, fresh),) = adapters.items()
+    broken = dataclasses.replace(fresh, b=fresh.b.at[1, 0, 5].set(jnp.nan))
+    tree = qj.lora.attach(model.params, {path: broken})
+    with pytest.raises(
+        qj.QloraError,
+        match=r"layers\.1\.mlp\.up_proj\.weight: 64 of 8192 elements are not finite as bfloat16",
+    ):
+        export.save_pretrained(tmp_path / "nan", model, tree)
+    large = dataclasses.replace(fresh, b=fresh.b + 1e6)
+    tree = qj.lora.attach(model.params, {path: large})
+    with pytest.raises(qj.QloraError, match=r"up_proj\.weight: \d+ of 8192 .* as float16; noth"):
+        export.save_pretrained(tmp_path / "half", model, tree, dtype=jnp.float16)
+    export.save_pretrained(tmp_path / "bf16", model, tree)
+    assert [path.name for path in tmp_path.iterdir()] == ["bf16"]
 
 
 def test_export_is_the_inverse_of_import(folder, tmp_path, monkeypatch):

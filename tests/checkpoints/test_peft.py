@@ -80,29 +80,111 @@ def change(folder: Path, **settings: object) -> None:
 
 
 def test_layers_may_differ(model, saved):
-    """A layer of lower rank is padded, a layer left out does nothing; the sum is what counts."""
+    """A layer of lower rank is padded, one that layers_to_transform leaves out does nothing."""
     file = saved / "adapter_model.safetensors"
-    tensors = load_file(file)
+    tensors = {name: x for name, x in load_file(file).items() if ".layers.1." in name}
     prefix = "base_model.model.model.layers."
-    for name in list(tensors):
-        if name.startswith(f"{prefix}0.self_attn.v_proj"):
-            del tensors[name]
     a, b = (f"{prefix}1.self_attn.q_proj.lora_{f}.weight" for f in "AB")
     tensors[a], tensors[b] = tensors[a][:2].copy(), tensors[b][:, :2].copy()
     save_file(tensors, file)
-    change(saved, rank_pattern={"layers.1.self_attn.q_proj": 2})
+    change(saved, rank_pattern={"layers.1.self_attn.q_proj": 2}, layers_to_transform=[1])
     adapters, _ = qj.peft.load(saved, model)
-    assert adapters["layers/self_attn/q_proj/kernel"].scaling == (2.0, 4.0)
+    assert adapters["layers/self_attn/q_proj/kernel"].scaling == (0.0, 4.0)
     assert adapters["layers/self_attn/v_proj/kernel"].scaling == (0.0, 2.0)
     dense = qj.lora.merge(model.params, adapters)["layers"]["self_attn"]
     base = model.params["layers"]["self_attn"]
     change_q = dense["q_proj"]["kernel"][1] - base["q_proj"]["kernel"].dequantize()[1]
     np.testing.assert_allclose(change_q, 4.0 * (tensors[b] @ tensors[a]).T, atol=1e-6)
     assert (dense["v_proj"]["kernel"][0] == base["v_proj"]["kernel"].dequantize()[0]).all()
+    # Written anew, the layers that have one are named.
     qj.peft.save(saved, adapters, model)
+    about = json.loads((saved / "adapter_config.json").read_text())
+    assert about["target_modules"] == [f"model.layers.1.self_attn.{x}_proj" for x in "qv"]
+    assert load_file(file).keys() == tensors.keys()
     again, _ = qj.peft.load(saved, model)
     assert jax.tree.all(jax.tree.map(lambda x, y: bool((x == y).all()), adapters, again))
     assert jax.tree.structure(adapters) == jax.tree.structure(again)
+
+
+def drop(folder: Path, *parts: str) -> None:
+    """The adapter without the tensors whose names hold one of `parts`."""
+    file = folder / "adapter_model.safetensors"
+    tensors = load_file(file)
+    save_file({n: x for n, x in tensors.items() if not any(p in n for p in parts)}, file)
+
+
+@pytest.mark.parametrize(
+    ("settings", "parts", "missing"),
+    [
+        ({}, ["0.self_attn.q_proj"], ["0.self_attn.q_proj"]),
+        ({}, ["q_proj"], ["0.self_attn.q_proj", "1.self_attn.q_proj"]),
+        ({"layers_to_transform": [0]}, ["q_proj", "1."], ["0.self_attn.q_proj"]),
+        ({"layers_to_transform": 1}, ["layers.0"], []),
+        ({"layers_to_transform": [1], "layers_pattern": "layers"}, ["layers.0"], []),
+        ({"exclude_modules": ["q_proj"]}, ["q_proj"], []),
+        ({"exclude_modules": r".*\.0\..*"}, ["layers.0"], []),
+        ({"target_modules": r".*\.1\..*\.(q|v)_proj"}, ["layers.0"], []),
+        ({"target_modules": r".*\.(q|v)_proj"}, ["1.self_attn.v"], ["1.self_attn.v_proj"]),
+        (
+            {"target_modules": ["v_proj", "model.layers.1.self_attn.q_proj"]},
+            ["0.self_attn.q_proj"],
+            [],
+        ),
+    ],
+)
+def test_what_is_missing_is_what_the_description_names(settings, parts, missing, model, saved):
+    change(saved, **settings)
+    drop(saved, *parts)
+    if not missing:
+        qj.peft.load(saved, model)
+        return
+    with pytest.raises(qj.QloraError) as error:
+        qj.peft.load(saved, model)
+    lines = str(error.value).split("\n")[1:]
+    assert lines == [
+        f"  model.layers.{name}: missing, an adapter that target_modules names" for name in missing
+    ]
+
+
+def test_what_the_description_does_not_name_is_refused(model, saved):
+    change(saved, target_modules=["q_proj"])
+    with pytest.raises(qj.QloraError, match=r"0\.self_attn\.v_proj: has an adapter, which target_"):
+        qj.peft.load(saved, model)
+
+
+def test_modules_trained_in_full_may_not_be_missing(model, tmp_path):
+    config = qj.LoraConfig(rank=2, targets=("q_proj",), modules_to_save=("norm",))
+    qj.peft.save(tmp_path, trained(model, config), model, config)
+    drop(tmp_path, "model.norm.weight")
+    with pytest.raises(qj.QloraError, match=r"model\.norm\.weight: missing, of a module that mod"):
+        qj.peft.load(tmp_path, model)
+
+
+def test_factors_must_be_finite_floating_point_numbers(model, saved):
+    file = saved / "adapter_model.safetensors"
+    tensors = load_file(file)
+    prefix = "base_model.model.model.layers."
+    tensors[f"{prefix}0.self_attn.q_proj.lora_A.weight"][:, 3] = np.nan
+    tensors[f"{prefix}1.self_attn.q_proj.lora_B.weight"][2, 1] = np.inf
+    name = f"{prefix}1.self_attn.v_proj.lora_A.weight"
+    tensors[name] = tensors[name].astype(np.int32)
+    save_file(tensors, file)
+    with pytest.raises(qj.QloraError) as error:
+        qj.peft.load(saved, model)
+    text = str(error.value)
+    assert "0.self_attn.q_proj.lora_A.weight: 4 of 256 elements are not finite as float32" in text
+    assert "1.self_attn.q_proj.lora_B.weight: 1 of 256 elements" in text
+    assert "1.self_attn.v_proj.lora_A.weight: has the type int32, expected floating-point" in text
+    assert text.count("\n") == 3
+
+
+def test_adapters_that_are_not_finite_are_not_saved(model, tmp_path):
+    adapters = trained(model, qj.LoraConfig(rank=4, targets=("q_proj", "v_proj")))
+    path = "layers/self_attn/v_proj/kernel"
+    broken = dataclasses.replace(adapters[path], b=adapters[path].b.at[1, 0].set(jnp.inf))
+    with pytest.raises(qj.QloraError, match=rf"{path}/b: 32 of 256 elements are not finite"):
+        qj.peft.save(tmp_path / "a", adapters | {path: broken}, model)
+    assert not (tmp_path / "a").exists()
 
 
 def test_everything_that_does_not_fit_is_listed(model, saved):
@@ -127,7 +209,20 @@ def test_everything_that_does_not_fit_is_listed(model, saved):
         ({"peft_type": "IA3"}, "only LORA"),
         ({"use_dora": True}, "use_dora=True"),
         ({"bias": "all"}, "bias='all'"),
-        ({"r": None}, "r or lora_alpha is missing"),
+        ({"r": None}, "adapter_config.json: r is missing; expected a whole number"),
+        ({"r": "x"}, "r is 'x', expected a whole number"),
+        ({"r": 0}, "the rank r is 0, expected at least 1"),
+        ({"lora_alpha": "x"}, "lora_alpha is 'x', expected a finite number"),
+        ({"lora_alpha": None}, "lora_alpha is missing; expected a finite number"),
+        ({"lora_dropout": "a"}, "lora_dropout is 'a', expected a finite number"),
+        ({"use_rslora": "x"}, "use_rslora is 'x', expected true or false"),
+        ({"rank_pattern": [1]}, r"rank_pattern is \[1\], expected an object"),
+        ({"rank_pattern": {"q_proj": 0}}, "the rank q_proj is 0, expected at least 1"),
+        ({"alpha_pattern": {"q_proj": "x"}}, r"alpha_pattern\['q_proj'\] is 'x'"),
+        ({"rank_pattern": {"([": 3}}, "adapter_config.json: unterminated character set"),
+        ({"target_modules": None}, "target_modules is missing"),
+        ({"target_modules": [1]}, "target_modules is 1, expected text"),
+        ({"layers_to_transform": ["0"]}, "layers_to_transform is '0', expected a whole number"),
         ({"r": 8}, r"A \(4, 64\) and B \(64, 4\), expected \(8, 64\)"),
     ],
 )
