@@ -6,6 +6,7 @@ from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
+from jax.custom_derivatives import SymbolicZero
 from jax.extend.core import ClosedJaxpr, JaxprEqn
 from jax.interpreters import ad
 
@@ -114,6 +115,82 @@ def cond(eqn: JaxprEqn, inputs: list[Any], walker: Walker) -> list[Any]:
 
     outputs = jax.lax.switch(index, [run(branch) for branch in branches], *operands)
     return [handed_on.get(place, out) for place, out in enumerate(outputs)]
+
+
+def optimization_barrier(eqn: JaxprEqn, inputs: list[Any], walker: Walker) -> list[Any]:
+    """lax.optimization_barrier: of a weight's leaves."""
+    return jax.lax.optimization_barrier(inputs)
+
+
+def custom_jvp(eqn: JaxprEqn, inputs: list[Any], walker: Walker) -> list[Any]:
+    """A function with a derivative of its own, to which weights are passed.
+
+    It becomes one with a gradient of its own, that of its derivative (forward-mode differentiation
+    could not pass a 4-bit product in any case). Both programs are walked like any other; tangents
+    are dense, and what the derivative says of a weight is projected on A and B as in `custom_vjp`.
+    """
+    _, jvp = eqn.primitive.get_bind_params(eqn.params)["subfuns"]
+    closed: ClosedJaxpr = eqn.params["call_jaxpr"]
+    types = [atom.aval for atom in eqn.invars]
+    # What can have a tangent: of constants, integers and frozen weights it is zero.
+    moving = [
+        i
+        for i, (x, aval) in enumerate(zip(inputs, types, strict=True))
+        if i >= eqn.params["num_consts"]
+        and _is_inexact(aval)
+        and not (isinstance(x, Lazy) and not isinstance(x.array, LoraArray))
+    ]
+    outs = [i for i, var in enumerate(eqn.outvars) if _is_inexact(var.aval)]
+
+    def dense(outputs: Sequence[Any]) -> list[Any]:
+        return [walker.dense(out, "custom_jvp_call") for out in outputs]
+
+    def derivative(*args: Any) -> tuple[list[Any], list[Any]]:
+        """(primals, tangents of `moving`) -> (outputs, tangents of `outs`)."""
+        symbolic = eqn.params["symbolic_zeros"]
+        tangents = [
+            SymbolicZero(aval.to_tangent_aval()) if symbolic else _zeros(aval) for aval in types
+        ]
+        for i, tangent in zip(moving, args[len(types) :], strict=True):
+            tangents[i] = tangent
+        results = jvp.call_wrapped(*args[: len(types)], *tangents)
+        half = len(results) // 2
+        moved = [results[half + i] for i in outs]
+        return results[:half], [_zeros(t.aval) if isinstance(t, SymbolicZero) else t for t in moved]
+
+    @jax.custom_vjp
+    def run(inputs: list[Any]) -> list[Any]:
+        return dense(walker.walk(closed.jaxpr, closed.consts, inputs))
+
+    def forward(inputs: list[Any]) -> tuple[list[Any], Any]:
+        program = jax.make_jaxpr(derivative)(*types, *(types[i] for i in moving))
+
+        def linear(tangents: list[Any]) -> tuple[list[Any], list[Any]]:
+            results = dense(walker.walk(program.jaxpr, program.consts, [*inputs, *tangents]))
+            return results[len(eqn.outvars) :], results[: len(eqn.outvars)]
+
+        _, pull, outputs = jax.vjp(linear, [_zeros(types[i]) for i in moving], has_aux=True)
+        return outputs, (pull, [x if isinstance(x, Lazy) else None for x in inputs])
+
+    def backward(kept: Any, cotangents: list[Any]) -> tuple[list[Any]]:
+        pull, weights = kept
+        (moved,) = pull([cotangents[i] for i in outs])
+        gradients: list[Any] = [None] * len(types)
+        for i, gradient in zip(moving, moved, strict=True):
+            gradients[i] = gradient
+        return ([_project(w, g) for w, g in zip(weights, gradients, strict=True)],)
+
+    run.defvjp(forward, backward)
+    return run(list(inputs))
+
+
+def _is_inexact(aval: Any) -> bool:
+    return jnp.issubdtype(aval.dtype, jnp.inexact)
+
+
+def _zeros(aval: Any) -> Any:
+    """A zero tangent as JAX makes them: it varies over the mesh as `aval` does."""
+    return ad.instantiate_zeros(ad.Zero(aval.to_tangent_aval()))
 
 
 def custom_vjp(eqn: JaxprEqn, inputs: list[Any], walker: Walker) -> list[Any]:

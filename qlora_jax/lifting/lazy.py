@@ -27,15 +27,18 @@ class Lazy:
 
     @classmethod
     def of(cls, array: Any, path: str) -> "Lazy":
+        """A weight as it is stored: [batch..., *K axes, *N axes]."""
         k_shape, n_shape = kn_shapes(array)
         view = View.whole(array.batch_shape, k_shape, n_shape)
         return cls(array, view, jnp.dtype(array.dtype), path)
 
     @property
     def shape(self) -> tuple[int, ...]:
+        """Of the dense array that the function takes this for."""
         return self.view.shape
 
     def seen_as(self, view: View) -> "Lazy":
+        """The same weight, its axes arranged in another way."""
         return dataclasses.replace(self, view=view)
 
     def is_whole(self) -> bool:

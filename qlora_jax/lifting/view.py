@@ -38,10 +38,12 @@ Dim = tuple[Atom, ...]
 
 
 def in_storage_order(atoms: Iterable[Atom], kind: Kind) -> Dim:
+    """Those of one kind, slowest first."""
     return tuple(sorted((a for a in atoms if a.kind == kind), key=lambda a: a.order))
 
 
 def sizes(atoms: Iterable[Atom]) -> tuple[int, ...]:
+    """The shape of an array with one axis for each atom."""
     return tuple(atom.size for atom in atoms)
 
 
@@ -69,6 +71,7 @@ class View:
 
     @property
     def shape(self) -> tuple[int, ...]:
+        """The size of each dimension, the product of its atoms' sizes."""
         return tuple(math.prod(sizes(dim)) for dim in self.dims)
 
     def of_kind(self, kind: Kind) -> Dim:
@@ -76,6 +79,7 @@ class View:
         return in_storage_order((atom for dim in self.dims for atom in dim), kind)
 
     def transpose(self, permutation: Sequence[int]) -> "View":
+        """Dimension i of the result is dimension permutation[i] of this view."""
         return View(tuple(self.dims[i] for i in permutation))
 
     def with_unit_dims(self, ndim: int, kept: Sequence[int]) -> "View":

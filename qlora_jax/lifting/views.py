@@ -1,5 +1,6 @@
-"""Operations that only change how a weight is seen: none of them touches its numbers."""
+"""Operations that change how a weight is seen or differentiated: none touches its numbers."""
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any
 
@@ -12,6 +13,11 @@ from qlora_jax.lifting.lazy import Lazy
 
 def _same(eqn: JaxprEqn, w: Lazy) -> Lazy | None:
     return w
+
+
+def _stop_gradient(eqn: JaxprEqn, w: Lazy) -> Lazy | None:
+    # Of every leaf, so that A and B get no gradient by this use; codes and keys have none anyway.
+    return dataclasses.replace(w, array=jax.lax.stop_gradient(w.array))
 
 
 def _convert(eqn: JaxprEqn, w: Lazy) -> Lazy | None:
@@ -95,7 +101,7 @@ RULES: dict[str, Callable[..., Lazy | None]] = {
     "dynamic_slice": _dynamic_slice,
     "copy": _same,
     "copy_p": _same,
-    "stop_gradient": _same,
+    "stop_gradient": _stop_gradient,
     "name": _same,
     "pvary": _same,
     "pcast": _same,

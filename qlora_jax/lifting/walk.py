@@ -22,7 +22,9 @@ CONTROL = {
     "scan": control.scan,
     "while": control.while_loop,
     "cond": control.cond,
+    "custom_jvp_call": control.custom_jvp,
     "custom_vjp_call": control.custom_vjp,
+    "optimization_barrier": control.optimization_barrier,
     "shard_map": sharded.shard_map,
 }
 PRODUCTS = {

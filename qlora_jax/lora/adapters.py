@@ -12,7 +12,7 @@ import numpy as np
 from qlora_jax.errors import QloraError
 from qlora_jax.lora.array import LoraArray, LoraWeights, is_weight
 from qlora_jax.lora.config import LoraConfig
-from qlora_jax.lora.targets import module_name, select_full, select_targets
+from qlora_jax.lora.targets import check_patterns, module_name, select_full, select_targets
 from qlora_jax.quant import Policy, QuantizedArray, path_str
 
 Adapters = dict[str, Any]
@@ -33,11 +33,13 @@ def init(
 
     Of an embedding A is zero and B standard normal, since it is A that is looked up. axes: as in
     `Policy`, for dense kernels that are not [..., K, N]; quantized ones know theirs. Only shapes of
-    `params` are read, so they may be abstract. Raises QloraError for targets that match nothing.
+    `params` are read, so they may be abstract. Raises QloraError for targets, and for patterns of
+    ranks and alphas, that match nothing.
     """
     leaves = named_leaves(params)
     reading = Policy(axes=axes or {})
     targets = select_targets({path: tuple(leaf.shape) for path, leaf in leaves.items()}, config)
+    check_patterns(config, map(module_name, targets))
     adapters: Adapters = {}
     for path in targets:
         batch, k_shape, n_shape = _split_shape(path, leaves[path], reading)

@@ -28,6 +28,7 @@ class LoraWeights:
 
     @property
     def rank(self) -> int:
+        """R, the inner size of the product A B."""
         return self.a.shape[-1]
 
 
@@ -53,18 +54,22 @@ class LoraArray:
 
     @property
     def shape(self) -> tuple[int, ...]:
+        """Of W: [..., *K axes, *N axes]."""
         return tuple(self.base.shape)
 
     @property
     def ndim(self) -> int:
+        """Axes of W, stacked ones included."""
         return len(self.shape)
 
     @property
     def dtype(self) -> Any:
+        """Of the dense W: the base's own, not that of its codes."""
         return self.base.dtype
 
     @property
     def size(self) -> int:
+        """How many numbers W has; not bytes."""
         return math.prod(self.shape)
 
     @property
@@ -79,6 +84,7 @@ class LoraArray:
 
     @property
     def batch_shape(self) -> tuple[int, ...]:
+        """Sizes of the stacked axes, which all leaves have in front; () for a single weight."""
         return self.shape[: self.ndim - self.k_ndim - self.n_ndim]
 
     def factors(self) -> tuple[jax.Array, jax.Array]:

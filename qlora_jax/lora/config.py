@@ -15,7 +15,8 @@ Value = TypeVar("Value", int, float)
 class LoraConfig:
     """Low-rank adapters (LoRA, arXiv:2106.09685): W x becomes W x + scaling * B A x.
 
-    Raises QloraError for a rank below 1 and a dropout outside [0, 1).
+    Raises QloraError for a rank below 1, an alpha that is not positive, a dropout outside [0, 1),
+    and what is no regular expression where one may stand.
     """
 
     rank: int = 16
@@ -30,7 +31,8 @@ class LoraConfig:
     """What gets an adapter: all-linear (every linear kernel but the output head), names of modules
     or ends of them (q_proj v_proj), or one regular expression for them."""
     rank_pattern: Mapping[str, int] = dataclasses.field(default_factory=dict)
-    """Name or regular expression -> rank, where it differs; the first that matches counts."""
+    """Name or regular expression -> rank, where it differs; the first that matches counts. Layers
+    are stacked, so names have no layer number: layers.self_attn.q_proj, or its end."""
     alpha_pattern: Mapping[str, float] = dataclasses.field(default_factory=dict)
     """Likewise for alpha."""
     modules_to_save: tuple[str, ...] = ()
@@ -40,13 +42,30 @@ class LoraConfig:
         for where, rank in {"rank": self.rank, **self.rank_pattern}.items():
             if rank < 1:
                 raise QloraError(f"the rank of an adapter must be at least 1, got {where} = {rank}")
+        for where, alpha in {"alpha": self.alpha, **self.alpha_pattern}.items():
+            if not 0 < alpha < math.inf:
+                raise QloraError(f"alpha must be positive and finite, got {where} = {alpha}")
         if not 0.0 <= self.dropout < 1.0:
             raise QloraError(f"dropout must be in [0, 1), got {self.dropout}")
         if not isinstance(self.targets, str):
             object.__setattr__(self, "targets", tuple(self.targets))
         object.__setattr__(self, "modules_to_save", tuple(self.modules_to_save))
+        expressions = {
+            "targets": [self.targets] if isinstance(self.targets, str) else [],
+            "rank_pattern": self.rank_pattern,
+            "alpha_pattern": self.alpha_pattern,
+        }
+        for setting, patterns in expressions.items():
+            for pattern in patterns:
+                try:
+                    matches(pattern, "")
+                except re.error as error:
+                    raise QloraError(
+                        f"{setting}: {pattern!r} is not a regular expression: {error}"
+                    ) from error
 
     def rank_of(self, module: str) -> int:
+        """R of a module, by its dotted name."""
         return _by_pattern(self.rank_pattern, module, self.rank)
 
     def scaling_of(self, module: str) -> float:
@@ -55,9 +74,10 @@ class LoraConfig:
         return alpha / (math.sqrt(rank) if self.rslora else rank)
 
 
+def matches(pattern: str, module: str) -> bool:
+    """PEFT's rule: a pattern matches the whole dotted name or what follows a dot in it."""
+    return re.fullmatch(rf"(.*\.)?({pattern})", module) is not None
+
+
 def _by_pattern(patterns: Mapping[str, Value], module: str, default: Value) -> Value:
-    """PEFT's rule: a pattern matches the whole name or what follows a dot in it."""
-    for pattern, value in patterns.items():
-        if re.fullmatch(rf"(.*\.)?({pattern})", module):
-            return value
-    return default
+    return next((v for pattern, v in patterns.items() if matches(pattern, module)), default)

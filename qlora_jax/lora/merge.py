@@ -45,9 +45,10 @@ def unmerge(params: Any, adapters: Adapters) -> Any:
 def merge_errors(
     params: Any, adapters: Adapters, dtype: Any, original: Any = None
 ) -> dict[str, float]:
-    """Path -> ||merged - trained|| / ||trained|| (Frobenius) for every weight that merging changes.
+    """Path -> ||merged - trained|| / ||trained|| (Frobenius), of weights in 4 bits or trained.
 
-    "Trained" is the fp32 sum that training saw: the frozen (4-bit) weight plus its adapter.
+    "Trained" is what training saw in fp32: the frozen (4-bit) weight plus its adapter, or a weight
+    trained in full. Dense weights that were not trained are left out: merging casts them at most.
     "Merged" is what `merge(params, adapters, dtype)` holds, or with `original` (a dense tree) what
     `merge(original, adapters, dtype)` holds: then it shows the quantization error too.
     """
@@ -56,12 +57,14 @@ def merge_errors(
     flat, _ = jax.tree_util.tree_flatten_with_path(attach(params, adapters), is_leaf=is_weight)
     for path, leaf in flat:
         name = path_str(path)
-        if is_weight(leaf):
+        if is_weight(leaf) or name in adapters:
             errors[name] = float(_relative_error(target[name], leaf, jnp.dtype(dtype)))
     return errors
 
 
 def _relative_error(target: Any, trained: Any, dtype: Any) -> jax.Array:
     merged = target.dequantize(dtype) if is_weight(target) else dense_base(target, dtype)
-    exact = trained.dequantize(jnp.float32)
-    return jnp.linalg.norm(merged.astype(jnp.float32) - exact) / jnp.linalg.norm(exact)
+    exact = trained.dequantize(jnp.float32) if is_weight(trained) else trained
+    error = jnp.linalg.norm(merged.astype(jnp.float32) - exact)
+    # A bias that is still zero has no error either.
+    return error / jnp.maximum(jnp.linalg.norm(exact), jnp.finfo(jnp.float32).tiny)

@@ -1,10 +1,9 @@
 """From names to parameters: which leaves of a tree a configuration means."""
 
-import re
 from collections.abc import Iterable
 
 from qlora_jax.errors import QloraError
-from qlora_jax.lora.config import LoraConfig
+from qlora_jax.lora.config import LoraConfig, matches
 from qlora_jax.quant.policy import Policy
 
 _WEIGHTS = ("kernel", "embedding")
@@ -38,8 +37,7 @@ def select_targets(shapes: dict[str, tuple[int, ...]], config: LoraConfig) -> li
             raise _unmatched("all-linear", known)
         return chosen
     if isinstance(config.targets, str):
-        pattern = re.compile(rf"(.*\.)?({config.targets})")
-        chosen = [p for p, name in candidates.items() if pattern.fullmatch(name)]
+        chosen = [path for path, name in candidates.items() if matches(config.targets, name)]
         if not chosen:
             raise _unmatched(config.targets, known)
         return chosen
@@ -49,6 +47,25 @@ def select_targets(shapes: dict[str, tuple[int, ...]], config: LoraConfig) -> li
         if not any(_is_suffix(target, name) for name in known):
             raise _unmatched(target, known)
     return [p for p, name in candidates.items() if any(_is_suffix(t, name) for t in config.targets)]
+
+
+def check_patterns(config: LoraConfig, modules: Iterable[str]) -> None:
+    """Raises QloraError for patterns of ranks and alphas that match none of the adapted modules."""
+    modules = sorted(set(modules))
+    lost = [
+        f"{setting}: {pattern}"
+        for setting, patterns in (
+            ("rank_pattern", config.rank_pattern),
+            ("alpha_pattern", config.alpha_pattern),
+        )
+        for pattern in patterns
+        if not any(matches(pattern, module) for module in modules)
+    ]
+    if lost:
+        raise QloraError(
+            "patterns that match no adapted module (layers are stacked here, so their names have "
+            "no number):\n  " + "\n  ".join(lost) + f"\nadapted are: {', '.join(modules) or 'none'}"
+        )
 
 
 def select_full(paths: Iterable[str], modules: tuple[str, ...]) -> list[str]:

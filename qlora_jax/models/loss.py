@@ -6,6 +6,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from qlora_jax.errors import QloraError
+
 IGNORE = -100
 """Label of a position that does not count (the convention of PyTorch and Hugging Face)."""
 
@@ -27,8 +29,18 @@ def causal_lm_loss(
 
     Only labelled positions are multiplied by the head: they are brought to the front, and as many
     chunks are computed as they fill. The gradient is taken chunk by chunk in the forward pass, so
-    that no chunk's logits are kept or computed again. Log-sum-exp in fp32.
+    that no chunk's logits are kept or computed again. Log-sum-exp in fp32. Raises QloraError for
+    labels of another shape, and for T = 1, where no position has a next token.
     """
+    if labels.shape != hidden.shape[:-1] or labels.ndim != 2:
+        raise QloraError(
+            f"hidden states [B, T, D] are {hidden.shape}, so labels [B, T] must be "
+            f"{hidden.shape[:-1]}, not {labels.shape}"
+        )
+    if labels.shape[1] < 2:
+        raise QloraError(
+            f"labels {labels.shape} have nothing to predict: a sequence needs at least two tokens"
+        )
     rows = hidden[:, :-1].reshape(-1, hidden.shape[-1])
     targets = labels[:, 1:].reshape(-1)
     counted = targets != IGNORE

@@ -15,6 +15,7 @@ class RMSNorm(nnx.Module):
         self.eps = eps
 
     def __call__(self, x: jax.Array) -> jax.Array:
+        """x [..., D] -> the same shape and dtype."""
         return _normalize(x, self.scale[...], self.eps)
 
 

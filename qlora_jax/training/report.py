@@ -97,10 +97,10 @@ class Silence:
         pass
 
     def step(self, number: int, entry: dict[str, float]) -> None:
-        pass
+        """Nothing."""
 
     def say(self, text: str) -> None:
-        pass
+        """Nothing."""
 
 
 def peak_memory() -> int:

@@ -12,7 +12,11 @@ from qlora_jax.training.schedules import ScheduleName, schedule
 
 @dataclasses.dataclass(frozen=True)
 class TrainSettings:
-    """A training run; the defaults are those of QLoRA's own program where it has one.
+    """A training run.
+
+    The learning rate, its schedule, the weight decay and the clipping default to what QLoRA's own
+    program takes. The batches and the length of the run do not: there a step is 16 micro-batches of
+    one example each, with gradient checkpointing (`remat`), and a run 10000 steps.
 
     Raises QloraError for values out of range, and for both of steps and epochs.
     """

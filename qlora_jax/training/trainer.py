@@ -7,7 +7,7 @@ import math
 import signal
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,14 @@ import optax
 from qlora_jax import lora
 from qlora_jax.checkpoints import peft
 from qlora_jax.checkpoints.model import Model
-from qlora_jax.data import Batch, TokenizedDataset, batches, evaluation_batches
+from qlora_jax.data import (
+    IGNORE,
+    Batch,
+    TokenizedDataset,
+    TokenizedExample,
+    batches,
+    evaluation_batches,
+)
 from qlora_jax.errors import QloraError, missing
 from qlora_jax.training.plot import plot_losses
 from qlora_jax.training.report import MetricsFile, Progress, Silence, peak_memory
@@ -75,8 +82,8 @@ def fit(
 
     The first Ctrl-C ends the run after the step that is under way, and what was trained is saved; a
     second one raises KeyboardInterrupt. Raises QloraError if `output` has an adapter already, for
-    examples longer than the settings' sequence length, and if the loss or the gradient is not
-    finite; then no adapter is saved.
+    examples longer than the settings' sequence length or the model's context, for ids outside its
+    vocabulary, and if the loss or the gradient is not finite; then no adapter is saved.
     """
     output = Path(output)
     if (output / peft.WEIGHTS).exists():
@@ -85,6 +92,8 @@ def fit(
     for package, purpose, extra in _NEEDED_AT_THE_END:
         if importlib.util.find_spec(package) is None:
             raise missing(package, purpose, extra)
+    for examples in (train, evaluation or ()):
+        _check(model, examples)
     length = sequence_length(train, settings.sequence_length)
     steps = settings.steps_for(len(train))
     rates = None if optimizer else _table(settings.learning_rates(steps), steps)
@@ -157,6 +166,31 @@ def sequence_length(dataset: TokenizedDataset, wanted: int | None = None) -> int
             f"tokenize with max_length={wanted}"
         )
     return wanted
+
+
+def _check(model: Model, examples: Sequence[TokenizedExample]) -> None:
+    """Refuses what the model would take and train on wrongly: on the device nothing is checked."""
+    context, vocabulary = model.config.max_position_embeddings, model.config.vocab_size
+    for number, example in enumerate(examples):
+        ids, labels = example.input_ids, example.labels
+        if len(ids) > context:
+            raise QloraError(
+                f"example {number} has {len(ids)} tokens, more than the model's context of "
+                f"{context}; cut examples to it: --max-length {context}, or max_length={context} "
+                "in tokenize"
+            )
+        outside = (ids < 0) | (ids >= vocabulary)
+        if np.any(outside):
+            raise QloraError(
+                f"example {number} has the token id {ids[outside][0]}, the model's vocabulary is "
+                f"0 to {vocabulary - 1}; tokenize with the model's own tokenizer"
+            )
+        outside = (labels != IGNORE) & ((labels < 0) | (labels >= vocabulary))
+        if np.any(outside):
+            raise QloraError(
+                f"example {number} has the label {labels[outside][0]}, which is neither a token "
+                f"(0 to {vocabulary - 1}) nor {IGNORE} for none"
+            )
 
 
 class _Log:

@@ -8,7 +8,9 @@ import pytest
 from flax import linen as nn
 from flax import nnx
 
-from tests.lift.oracle import BASES, check, kernel, normal
+from qlora_jax import lora
+from qlora_jax.lift import lift
+from tests.lift.oracle import BASES, check, equations, kernel, normal, prepare
 
 LAYERS, WIDTH = 3, 64
 WITH_ADAPTERS = ("nf4", "dense")
@@ -188,3 +190,16 @@ def test_weight_in_the_carry() -> None:
         bases=WITH_ADAPTERS,
         strict=False,
     )
+
+
+def test_options_of_scan_are_kept() -> None:
+    def fn(p: Any, x: jax.Array) -> jax.Array:
+        step = lambda x, w: (jnp.tanh(x @ w), None)  # noqa: E731
+        return jax.lax.scan(step, x, p["w"], reverse=True, unroll=2)[0]
+
+    params, axes, x = {"w": kernel(0, 4, 64, 64)}, {"w": (1, 1)}, normal(1, 5, 64)
+    check(fn, params, axes, x, bases=("nf4",))
+    frozen, adapters = prepare(params, axes, "nf4")
+    program = jax.make_jaxpr(lift(fn, strict=True))(lora.attach(frozen, adapters), x)
+    (scan,) = (eqn for eqn in equations(program) if eqn.primitive.name == "scan")
+    assert (scan.params["reverse"], scan.params["unroll"]) == (True, 2)

@@ -22,6 +22,7 @@ from tests.lift.oracle import (
     prepare,
     results,
 )
+from tests.lift.test_custom import product_jvp
 
 DEVICES = 8
 BASES = ("nf4", "dense", "frozen")
@@ -63,6 +64,16 @@ def test_column_parallel(mesh: Any) -> None:
         return jax.shard_map(run, mesh=mesh, in_specs=specs, out_specs=P(None, "m"))(p["w"], x)
 
     check(fn, COLUMNS, AXES, normal(1, 5, 64), bases=BASES)
+
+
+def test_weight_into_a_custom_jvp(mesh: Any) -> None:
+    """Its tangents vary over the mesh as the arguments do; the weight's gradient is summed."""
+
+    def fn(p: Any, x: jax.Array) -> jax.Array:
+        specs = (P("m"), P())
+        return jax.shard_map(product_jvp, mesh=mesh, in_specs=specs, out_specs=P("m"))(x, p["w"])
+
+    check(fn, COLUMNS, AXES, normal(1, 16, 64), bases=BASES)
 
 
 def test_row_parallel(mesh: Any) -> None:

@@ -196,3 +196,12 @@ def test_equations_without_weights_are_kept() -> None:
     jaxpr = jax.make_jaxpr(lift(fn, strict=True))(lora.attach(frozen, adapters), X)
     names = [eqn.primitive.name for eqn in equations(jaxpr)]
     assert names.count("scan") == 1 and names.count("sin") == 1 and names.count("cos") == 1
+
+
+@pytest.mark.parametrize("base", ("nf4", "dense"))
+def test_forward_mode_raises(base: str) -> None:
+    """As lift's docstring says; it must not give a wrong number."""
+    frozen, adapters = prepare(PARAMS, AXES, base)
+    lifted = lift(mlp, strict=True)
+    with pytest.raises(TypeError, match="forward-mode"):
+        jax.jvp(lambda x: lifted(lora.attach(frozen, adapters), x), (X,), (X,))

@@ -61,6 +61,11 @@ PRODUCTS: dict[str, tuple[Any, jax.Array]] = {
     "precision": (lambda p, x: jnp.dot(x, p["w"], precision=jax.lax.Precision.HIGHEST), X),
     "copied": (lambda p, x: x @ jnp.array(p["w"], copy=True), X),
     "stop_gradient": (lambda p, x: x @ p["w"] + jax.lax.stop_gradient(x @ p["w"]), X),
+    "stop_gradient_of_weight": (
+        lambda p, x: x @ p["w"] + jnp.sin(x) @ jax.lax.stop_gradient(p["w"]),
+        X,
+    ),
+    "barrier": (lambda p, x: jnp.matmul(*jax.lax.optimization_barrier((x, p["w"]))), X),
 }
 
 
@@ -70,6 +75,19 @@ def test_products(name: str) -> None:
     # Rounding the sum W + s AB to bf16 is what the dense function does; lift rounds the parts.
     rtol = 1e-2 if name == "cast" else RTOL
     check(fn, W, MATRIX, x, bases=BASES, rtol=rtol)
+
+
+@pytest.mark.parametrize("base", ("nf4", "dense"))
+@pytest.mark.parametrize("dropout", (0.0, 0.1))
+def test_a_weight_behind_stop_gradient_has_none(base: str, dropout: float) -> None:
+    frozen, adapters = prepare(W, MATRIX, base)
+    key = jax.random.key(0)
+    lifted = lift(lambda p, x: (x @ jax.lax.stop_gradient(p["w"])).sum(), strict=True)
+    gradient, by_x = jax.jit(
+        jax.grad(lambda a, x: lifted(lora.attach(frozen, a, dropout=dropout, key=key), x), (0, 1))
+    )(adapters, X)
+    assert not any(leaf.any() for leaf in jax.tree.leaves(gradient))
+    assert by_x.all()
 
 
 def test_two_weights_share_an_input() -> None:

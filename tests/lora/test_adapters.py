@@ -128,7 +128,7 @@ def test_the_error_of_merging_is_reported():
     trained = oracle(base, weights()[KERNEL])
     for against in (None, original):
         errors = qj.lora.merge_errors(params, weights(), jnp.bfloat16, against)
-        assert set(errors) == {KERNEL, "head/kernel"}
+        assert set(errors) == {KERNEL, "head/kernel"}  # the embedding is neither 4-bit nor trained
         target = (
             trained
             if against is None
@@ -138,3 +138,17 @@ def test_the_error_of_merging_is_reported():
         expected = np.linalg.norm(rounded - trained) / np.linalg.norm(trained)
         assert errors[KERNEL] == pytest.approx(expected, rel=0.02)
     assert errors[KERNEL] > 0.05, "NF4's own error shows when the original is the base"
+
+
+def test_the_error_of_merging_counts_weights_trained_in_full():
+    table = jax.random.normal(jax.random.key(5), (50, K))
+    params = tree(quantized=True) | {"bias": jnp.ones(N)}
+    adapters = weights() | {TABLE: table, "bias": jnp.zeros(N)}
+    errors = qj.lora.merge_errors(params, adapters, jnp.bfloat16)
+    assert set(errors) == {KERNEL, "head/kernel", TABLE, "bias"}
+    exact = np.asarray(table, np.float64)
+    rounded = np.asarray(table.astype(jnp.bfloat16), np.float64)
+    expected = np.linalg.norm(rounded - exact) / np.linalg.norm(exact)
+    assert errors[TABLE] == pytest.approx(expected, rel=1e-3)
+    assert errors["bias"] == 0
+    assert qj.lora.merge_errors(params, adapters, jnp.float32)[TABLE] == 0

@@ -80,6 +80,24 @@ def test_dropout_outside_its_range_is_refused(dropout: float) -> None:
         LoraConfig(dropout=dropout)
 
 
+@pytest.mark.parametrize("alpha", (0.0, -1.0, math.inf, math.nan))
+def test_alpha_that_scales_by_nothing_is_refused(alpha: float) -> None:
+    with pytest.raises(QloraError, match=f"positive and finite, got alpha = {alpha}"):
+        LoraConfig(alpha=alpha)
+    with pytest.raises(QloraError, match=f"got q_proj = {alpha}"):
+        LoraConfig(alpha_pattern={"q_proj": alpha})
+
+
+@pytest.mark.parametrize("setting", ("targets", "rank_pattern", "alpha_pattern"))
+def test_what_is_no_regular_expression_is_refused(setting: str) -> None:
+    for bad in ("q_proj(", "*proj", "[qv_proj"):
+        value = bad if setting == "targets" else {"v_proj": 1, bad: 2}
+        with pytest.raises(QloraError) as caught:
+            LoraConfig(**{setting: value})
+        message = f"{setting}: {bad!r} is not a regular expression"
+        assert message in str(caught.value)
+
+
 def test_lists_become_tuples() -> None:
     """As JSON gives them; a tuple of names is not mistaken for a regular expression."""
     config = LoraConfig(targets=["q_proj"], modules_to_save=["lm_head"])  # type: ignore[arg-type]

@@ -126,6 +126,26 @@ def test_each_unmatched_target_is_an_error_that_lists_the_modules() -> None:
     assert message.partition("there are: ")[2].split(", ") == sorted(modules)
 
 
+def test_patterns_that_match_no_adapted_module_are_listed() -> None:
+    """A misspelt name, PEFT's name of a single layer, and a module that gets no adapter."""
+    lost = {"q_prj": 2, r"layers\.0\.self_attn\.q_proj": 2, "layers.1.mlp.up_proj": 2, "lm_head": 2}
+    for setting in ("rank_pattern", "alpha_pattern"):
+        with pytest.raises(QloraError) as caught:
+            lora.init(jax.random.key(0), params(), LoraConfig(**{setting: {"v_proj": 4, **lost}}))
+        message = str(caught.value)
+        assert "layers are stacked" in message and "v_proj:" not in message
+        assert all(f"{setting}: {pattern}\n" in message for pattern in lost)
+        assert message.endswith(", ".join(sorted(map(module_name, LINEAR))))
+
+
+def test_patterns_that_match_set_ranks() -> None:
+    config = LoraConfig(rank=4, rank_pattern={"layers.mlp.up_proj": 2, r".*\.[qv]_proj": 3})
+    adapters = lora.init(jax.random.key(0), params(), config)
+    assert {path: w.rank for path, w in adapters.items()} == {
+        path: 2 if "up_proj" in path else 3 for path in LINEAR
+    }
+
+
 def test_no_targets_at_all() -> None:
     with pytest.raises(QloraError, match="nothing to train"):
         chosen(())

@@ -6,6 +6,7 @@ import numpy as np
 import optax
 import pytest
 
+from qlora_jax.errors import QloraError
 from qlora_jax.models.loss import causal_lm_loss
 
 B, T, D, V = 3, 7, 16, 40
@@ -72,3 +73,19 @@ def test_large_logits_do_not_overflow():
     total, _ = causal_lm_loss(head, table, 1e4 * hidden, labels)
     np.testing.assert_allclose(total, whole(table, 1e4 * hidden, labels), rtol=1e-5)
     assert np.isfinite(float(total))
+
+
+@pytest.mark.parametrize("shape", [(B, T - 1), (B, T + 1), (B - 1, T), (T, B), (B * T,), (B, T, 1)])
+def test_labels_of_another_shape_are_refused(shape):
+    """(T, B) has as many labels as there are positions: they would meet the wrong ones."""
+    table, hidden, _ = problem(0.0)
+    with pytest.raises(QloraError) as caught:
+        causal_lm_loss(head, table, hidden, jnp.zeros(shape, jnp.int32))
+    assert str(hidden.shape) in str(caught.value) and str(shape) in str(caught.value)
+
+
+def test_a_single_token_has_nothing_to_predict():
+    table, hidden, labels = problem(0.0)
+    with pytest.raises(QloraError, match="at least two tokens"):
+        causal_lm_loss(head, table, hidden[:, :1], labels[:, :1])
+    causal_lm_loss(head, table, hidden[:, :2], labels[:, :2])

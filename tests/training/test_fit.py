@@ -1,5 +1,6 @@
 """Whole runs of the trainer."""
 
+import dataclasses
 import json
 import math
 import signal
@@ -10,6 +11,7 @@ import optax
 import pytest
 
 import qlora_jax as qj
+from qlora_jax.data import TokenizedExample
 from qlora_jax.training import trainer
 from qlora_jax.training.settings import TrainSettings
 from tests.training import models
@@ -74,6 +76,43 @@ def test_a_loss_that_is_not_finite_stops_the_run(tmp_path):
     with pytest.raises(qj.QloraError, match=r"step \d: the loss is .*lower learning rate"):
         fit(tmp_path / "out", optimizer=optax.sgd(math.inf))
     assert not (tmp_path / "out/adapter_model.safetensors").exists()
+
+
+@pytest.mark.parametrize(
+    ("ids", "labels", "message"),
+    [
+        (
+            range(5, 70),
+            None,
+            "example 1 has 65 tokens, more than .* context of 64.*--max-length 64",
+        ),
+        ([3, 64, 5], None, "example 1 has the token id 64, the model's vocabulary is 0 to 63"),
+        ([3, -1, 5], None, "example 1 has the token id -1"),
+        ([3, 4, 5], [-100, 64, 5], "example 1 has the label 64"),
+        ([3, 4, 5], [-100, -1, 5], "example 1 has the label -1.* nor -100"),
+    ],
+)
+@pytest.mark.parametrize("held_out", [False, True])
+def test_examples_that_the_model_cannot_take(ids, labels, message, held_out, tmp_path):
+    """Said before anything is compiled or written."""
+    ids = np.asarray(ids, np.int32) % 64 if len(ids) > 64 else np.asarray(ids, np.int32)
+    labels = ids if labels is None else np.asarray(labels, np.int32)
+    good = models.dataset(1)
+    examples = (*good.examples, TokenizedExample(ids, labels))
+    bad = dataclasses.replace(good, examples=examples)
+    train, evaluation = (good, bad) if held_out else (bad, None)
+    with pytest.raises(qj.QloraError, match=message):
+        trainer.fit(
+            models.model(), CONFIG, train, TrainSettings(), tmp_path / "out", evaluation=evaluation
+        )
+    assert not (tmp_path / "out").exists()
+
+
+def test_examples_as_long_as_the_context(tmp_path):
+    ids = np.arange(64, dtype=np.int32)
+    whole = dataclasses.replace(models.dataset(1), examples=(TokenizedExample(ids, ids),))
+    settings = TrainSettings(steps=1, batch_size=1)
+    trainer.fit(models.model(), CONFIG, whole, settings, tmp_path / "out", display=False)
 
 
 def test_an_adapter_is_not_overwritten(tmp_path):
