@@ -53,10 +53,6 @@ def unsupported(k: int, n: int, block_size: int, dtype: Any) -> str | None:
     capability = _capability(jax.local_devices()[0])
     if name == "bfloat16" and capability is not None and capability < (8, 0):
         return "this GPU multiplies float16 only (bfloat16 needs compute capability 8.0)"
-    return _unsupported_shape(k, n, block_size)
-
-
-def _unsupported_shape(k: int, n: int, block_size: int) -> str | None:
     if k % 64 or n % 16:
         return f"K must be a multiple of 64 and N one of 16, got K={k} x N={n}"
     if not (32 <= block_size <= 4096 and block_size & (block_size - 1) == 0):
