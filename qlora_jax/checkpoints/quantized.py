@@ -48,6 +48,7 @@ def save_quantized(folder: str | Path, model: Model) -> None:
             checkpointer.save(part / "params", model.params)
         save_config(part, model, model.dtype)
         save_tokenizer(part, model)
+        description["files"] = _sizes(part / "params")
         (part / DESCRIPTION).write_text(json.dumps(description, indent=2) + "\n", encoding="utf-8")
 
 
@@ -69,7 +70,7 @@ def load_params(
     Raises QloraError if `asked` is another format than the stored one, and for a folder that is
     damaged or put together of parts that do not belong to each other.
     """
-    stored, dtypes = _description(folder)
+    stored, dtypes, files = _description(folder)
     if asked is not None and asked != stored:
         raise QloraError(
             f"{folder}: already quantized as {stored}, cannot become {asked}; load it as it is, or "
@@ -84,9 +85,10 @@ def load_params(
         return jax.ShapeDtypeStruct(leaf.shape, kept)
 
     target = jax.tree_util.tree_map_with_path(abstract, llama.abstract_params(config))
+    where = (folder / "params").absolute()
+    _whole(where, files)
     import orbax.checkpoint as ocp
 
-    where = (folder / "params").absolute()
     try:
         with ocp.StandardCheckpointer() as checkpointer:
             _compare(checkpointer.metadata(where).item_metadata.tree, target)
@@ -97,6 +99,27 @@ def load_params(
             f"{folder / 'params'}: cannot be read as the weights that config.json and "
             f"{DESCRIPTION} describe ({reason(error)}); write the folder anew with save_quantized"
         ) from error
+
+
+def _sizes(where: Path) -> dict[str, int]:
+    """The bytes of every file below `where`, by its path from there."""
+    paths = (path for path in sorted(where.rglob("*")) if path.is_file())
+    return {path.relative_to(where).as_posix(): path.stat().st_size for path in paths}
+
+
+def _whole(where: Path, files: Mapping[str, int]) -> None:
+    """Raises QloraError, naming the first, for files that are missing or cut short.
+
+    Orbax would find out in the middle of reading, and leave the other reads behind with errors.
+    """
+    have = _sizes(where)
+    odd = [name for name, size in files.items() if have.get(name) != size]
+    if odd:
+        raise QloraError(
+            f"{where / odd[0]}: {have.get(odd[0], 'no')} bytes, expected {files[odd[0]]} (so for "
+            f"{len(odd)} of {len(files)} files); copy the folder again, or write it anew with "
+            "save_quantized"
+        )
 
 
 def _compare(stored: Any, target: Any) -> None:
@@ -114,8 +137,8 @@ def _compare(stored: Any, target: Any) -> None:
         )
 
 
-def _description(folder: Path) -> tuple[QuantConfig, dict[str, jnp.dtype]]:
-    """The format, and the type of the original of every weight that is in it."""
+def _description(folder: Path) -> tuple[QuantConfig, dict[str, jnp.dtype], dict[str, int]]:
+    """The format, the type of the original of every weight that is in it, the files' bytes."""
     path = folder / DESCRIPTION
     about = read_json(path)
     if about.get("version") != VERSION:
@@ -127,6 +150,8 @@ def _description(folder: Path) -> tuple[QuantConfig, dict[str, jnp.dtype]]:
         )
         listed = needed(about, "parameters", Mapping)
         dtypes = {name: jnp.dtype(checked(name, x, str)) for name, x in listed.items()}
+        sizes = needed(about, "files", Mapping)
+        files = {name: checked(name, x, int) for name, x in sizes.items()}
     except (QloraError, TypeError) as error:
         raise QloraError(f"{path}: {error}; write the folder anew with save_quantized") from error
-    return stored, dtypes
+    return stored, dtypes, files
