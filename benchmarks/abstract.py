@@ -8,8 +8,9 @@ import jax.numpy as jnp
 import optax
 
 import qlora_jax as qj
+from qlora_jax import models
 from qlora_jax.checkpoints.model import Model
-from qlora_jax.models import LlamaConfig, llama
+from qlora_jax.models import LlamaConfig
 
 
 def config(layers: int, hidden: int = 1024, vocabulary: int = 32000) -> LlamaConfig:
@@ -36,7 +37,7 @@ def train_step(
     remat: bool = True,
 ) -> tuple[Any, tuple[Any, Any, Any]]:
     """(step, (state, params, batch)): the jitted step, and shapes that it can be lowered for."""
-    params = qj.quantize_tree(llama.abstract_params(config, dtype), qj.NF4())
+    params = qj.quantize_tree(models.abstract_params(config, dtype), qj.NF4())
     model = Model(config=config, params=params, tokenizer=None, source="abstract", dtype=dtype)
     adapters = jax.eval_shape(
         lambda key: qj.lora.init(key, params, qj.LoraConfig(rank=rank)), jax.random.key(0)

@@ -8,12 +8,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from qlora_jax import NF4, LoraConfig, Model, QloraError, generation, lora, quantize_tree
+from qlora_jax import NF4, LoraConfig, Model, QloraError, generation, lora, models, quantize_tree
 from qlora_jax.checkpoints.load import load
 from qlora_jax.data import Message
 from qlora_jax.data.tokenize import encode_prompt
 from qlora_jax.generation import Sampling, choose, complete, generate, rank, stream
-from qlora_jax.models import llama
 from tests.tiny import write_checkpoint
 
 PROMPTS = [[40, 41, 42], [7, 99, 13, 250, 31, 8, 77], [55]]
@@ -200,13 +199,13 @@ def test_complete_keeps_the_order(model: Model) -> None:
 
 def test_a_second_call_compiles_nothing(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
     traces = []
-    hidden = llama.apply_hidden
+    hidden = models.apply_hidden
 
     def counted(*args: Any, **kwargs: Any) -> Any:
         traces.append(1)
         return hidden(*args, **kwargs)
 
-    monkeypatch.setattr(llama, "apply_hidden", counted)
+    monkeypatch.setattr("qlora_jax.checkpoints.model.apply_hidden", counted)
     generation._programs.cache_clear()
     complete(model, TALKS, WARM, batch_size=2)
     first = len(traces)

@@ -66,7 +66,8 @@ def _tensors(
     for parameter in parameters(model.config):
         leaf = leaves[parameter.path]
         for layer in range(parameter.layers):
-            one = jax.tree.map(lambda x, i=layer: x[i], leaf) if parameter.stacked else leaf
+            at = parameter.at(layer)
+            one = jax.tree.map(lambda x, at=at: x[at], leaf)
             dense = one.dequantize(dtype) if is_weight(one) else one.astype(dtype)
             name = parameter.hf_name(layer)
             if fault := fault_of(dense):

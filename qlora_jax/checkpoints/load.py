@@ -1,6 +1,7 @@
 """`load`: from a checkpoint on disk or on the hub to a Model, quantizing tensor by tensor."""
 
 import functools
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,8 @@ from qlora_jax.checkpoints.model import Model
 from qlora_jax.checkpoints.names import Parameter, parameters
 from qlora_jax.checkpoints.tensors import SafetensorsFolder, Tensors, fault_of, read_json
 from qlora_jax.errors import QloraError
-from qlora_jax.models import LlamaConfig
+from qlora_jax.models import read_config
+from qlora_jax.models.typed import entry
 from qlora_jax.quant import Policy, QuantConfig, quantize
 
 
@@ -26,7 +28,7 @@ def load(
     dtype: DTypeLike | None = None,
     policy: Policy | None = None,
 ) -> Model:
-    """A model of the Llama family, its linear weights in 4 bits.
+    """A model of one of `models.FAMILIES`, its linear weights in 4 bits.
 
     source        a folder with config.json and safetensors, a .gguf file, a folder that
                   `save_quantized` wrote, or the name of a model on the Hugging Face hub
@@ -86,14 +88,18 @@ def _locate(source: str | Path) -> Path:
     return download(str(source))
 
 
-def _read_config(folder: Path) -> LlamaConfig:
+def _read_config(folder: Path) -> Any:
     try:
-        return LlamaConfig.from_hf(read_json(folder / "config.json"))
+        about = read_json(folder / "config.json")
+        if already := entry(about, "quantization_config", Mapping):
+            method = already.get("quant_method")
+            raise QloraError(f"the checkpoint is already quantized ({method}); give a dense one")
+        return read_config(about)
     except QloraError as error:
         raise QloraError(f"{folder}: {error}") from error
 
 
-def _check(config: LlamaConfig, tensors: Tensors) -> None:
+def _check(config: Any, tensors: Tensors) -> None:
     """Names, shapes and types of everything, before anything is read."""
     have, not_floating = tensors.shapes(), tensors.not_floating()
     faults, expected = [], set()
@@ -126,7 +132,9 @@ def _read(
 
     def one(layer: int) -> Any:
         name = tensors.name(parameter, layer)
-        x = _ours(tensors.read(parameter, layer), parameter.kernel, None if quantization else kept)
+        x = _ours(
+            tensors.read(parameter, layer), parameter.transposed, None if quantization else kept
+        )
         if quantization is not None:
             return quantize(x, quantization, name=name)
         if fault := fault_of(x):
@@ -136,10 +144,11 @@ def _read(
     if not parameter.stacked:
         return one(0)
     first = one(0)
-    whole = jax.tree.map(lambda leaf: jnp.zeros((parameter.layers, *leaf.shape), leaf.dtype), first)
-    whole = _write(whole, first, 0)
+    stack = parameter.stack
+    whole = jax.tree.map(lambda leaf: jnp.zeros((*stack, *leaf.shape), leaf.dtype), first)
+    whole = _write(whole, first, parameter.at(0))
     for layer in range(1, parameter.layers):
-        whole = _write(whole, one(layer), layer)
+        whole = _write(whole, one(layer), parameter.at(layer))
     return whole
 
 
@@ -150,7 +159,7 @@ def _ours(x: jax.Array, transpose: bool, dtype: DTypeLike | None) -> jax.Array:
 
 
 @functools.partial(jax.jit, donate_argnums=0)
-def _write(whole: Any, part: Any, at: int) -> Any:
+def _write(whole: Any, part: Any, at: tuple[int, ...]) -> Any:
     return jax.tree.map(lambda w, p: w.at[at].set(p), whole, part)
 
 

@@ -8,7 +8,7 @@ import jax
 from jax.typing import DTypeLike
 
 from qlora_jax.lift import lift
-from qlora_jax.models import Cache, LlamaConfig, llama
+from qlora_jax.models import Cache, DecoderConfig, apply_head, apply_hidden
 from qlora_jax.models.loss import causal_lm_loss
 
 Batch = dict[str, Any]
@@ -28,7 +28,7 @@ class Model:
     All are pure and can be jit-compiled and differentiated.
     """
 
-    config: LlamaConfig
+    config: DecoderConfig
     params: Any
     tokenizer: Any
     source: str
@@ -40,19 +40,22 @@ class Model:
         input_ids: jax.Array,
         *,
         attention_mask: jax.Array | None = None,
+        segment_ids: jax.Array | None = None,
         positions: jax.Array | None = None,
         cache: Cache | None = None,
         remat: bool = False,
     ) -> tuple[jax.Array, Cache | None]:
         """Logits, fp32 [B, T, V], of input_ids [B, T], and the extended cache (None without one).
 
-        attention_mask [B, T]: zero on padding, on either side; positions [B, T]: counted from the
-        mask if None; cache: of `new_cache`; remat: keep only each layer's input for the gradient.
+        attention_mask [B, T]: zero on padding, on either side; segment_ids [B, T]: documents packed
+        in a row, which do not see each other; positions [B, T]: counted from these if None;
+        cache: of `new_cache`; remat: keep only each layer's input for the gradient.
         """
         hidden, cache = self.hidden(
             params,
             input_ids,
             attention_mask=attention_mask,
+            segment_ids=segment_ids,
             positions=positions,
             cache=cache,
             remat=remat,
@@ -65,19 +68,25 @@ class Model:
         input_ids: jax.Array,
         *,
         attention_mask: jax.Array | None = None,
+        segment_ids: jax.Array | None = None,
         positions: jax.Array | None = None,
         cache: Cache | None = None,
         remat: bool = False,
     ) -> tuple[jax.Array, Cache | None]:
         """Hidden states [B, T, D] after the final norm, and the cache; arguments as for `apply`."""
-        hidden = functools.partial(llama.apply_hidden, self.config, dtype=self.dtype, remat=remat)
+        hidden = functools.partial(apply_hidden, self.config, dtype=self.dtype, remat=remat)
         return lift(hidden, strict=True)(
-            params, input_ids, attention_mask=attention_mask, positions=positions, cache=cache
+            params,
+            input_ids,
+            attention_mask=attention_mask,
+            segment_ids=segment_ids,
+            positions=positions,
+            cache=cache,
         )
 
     def head(self, params: Any, hidden: jax.Array) -> jax.Array:
         """Logits, fp32 [..., V], of hidden states [..., D]."""
-        head = functools.partial(llama.apply_head, self.config, dtype=self.dtype)
+        head = functools.partial(apply_head, self.config, dtype=self.dtype)
         return lift(head, strict=True)(params, hidden)
 
     def loss(
@@ -85,11 +94,15 @@ class Model:
     ) -> tuple[jax.Array, jax.Array]:
         """(sum of the token losses, number of labelled tokens), what `make_train_step` wants.
 
-        batch: input_ids [B, T], labels [B, T] (not shifted; -100: ignored), and, if there is
-        padding, attention_mask [B, T].
+        batch: input_ids [B, T], labels [B, T] (not shifted; -100: ignored), and, where they apply,
+        attention_mask and segment_ids [B, T].
         """
         hidden, _ = self.hidden(
-            params, batch["input_ids"], attention_mask=batch.get("attention_mask"), remat=remat
+            params,
+            batch["input_ids"],
+            attention_mask=batch.get("attention_mask"),
+            segment_ids=batch.get("segment_ids"),
+            remat=remat,
         )
         # The loss differentiates the head apart from the rest, which it does not touch.
         own = "embed_tokens" if self.config.tie_word_embeddings else "lm_head"

@@ -1,36 +1,35 @@
 """What each parameter is called: here, in Hugging Face's files, in PEFT's and in GGUF.
 
-One table, read in both directions.
+The families' tables, read in both directions.
 """
 
 import dataclasses
+import math
 from collections.abc import Iterator
+from typing import Any
 
 import jax
 import numpy as np
 
-from qlora_jax.models import LlamaConfig, llama
+from qlora_jax.models import abstract_params, family_of
 from qlora_jax.quant import path_str
 
-# Our module -> (Hugging Face, GGUF); {} is the number of the layer.
-_LLAMA = {
-    "embed_tokens": ("model.embed_tokens", "token_embd"),
-    "norm": ("model.norm", "output_norm"),
-    "lm_head": ("lm_head", "output"),
-    "layers/input_layernorm": ("model.layers.{}.input_layernorm", "blk.{}.attn_norm"),
-    "layers/post_attention_layernorm": (
-        "model.layers.{}.post_attention_layernorm",
-        "blk.{}.ffn_norm",
-    ),
-    "layers/self_attn/q_proj": ("model.layers.{}.self_attn.q_proj", "blk.{}.attn_q"),
-    "layers/self_attn/k_proj": ("model.layers.{}.self_attn.k_proj", "blk.{}.attn_k"),
-    "layers/self_attn/v_proj": ("model.layers.{}.self_attn.v_proj", "blk.{}.attn_v"),
-    "layers/self_attn/o_proj": ("model.layers.{}.self_attn.o_proj", "blk.{}.attn_output"),
-    "layers/self_attn/q_norm": ("model.layers.{}.self_attn.q_norm", "blk.{}.attn_q_norm"),
-    "layers/self_attn/k_norm": ("model.layers.{}.self_attn.k_norm", "blk.{}.attn_k_norm"),
-    "layers/mlp/gate_proj": ("model.layers.{}.mlp.gate_proj", "blk.{}.ffn_gate"),
-    "layers/mlp/up_proj": ("model.layers.{}.mlp.up_proj", "blk.{}.ffn_up"),
-    "layers/mlp/down_proj": ("model.layers.{}.mlp.down_proj", "blk.{}.ffn_down"),
+# Of the Llama family: what Hugging Face calls a module -> what GGUF calls it.
+_GGUF = {
+    "model.embed_tokens": "token_embd",
+    "model.norm": "output_norm",
+    "lm_head": "output",
+    "model.layers.{}.input_layernorm": "blk.{}.attn_norm",
+    "model.layers.{}.post_attention_layernorm": "blk.{}.ffn_norm",
+    "model.layers.{}.self_attn.q_proj": "blk.{}.attn_q",
+    "model.layers.{}.self_attn.k_proj": "blk.{}.attn_k",
+    "model.layers.{}.self_attn.v_proj": "blk.{}.attn_v",
+    "model.layers.{}.self_attn.o_proj": "blk.{}.attn_output",
+    "model.layers.{}.self_attn.q_norm": "blk.{}.attn_q_norm",
+    "model.layers.{}.self_attn.k_norm": "blk.{}.attn_k_norm",
+    "model.layers.{}.mlp.gate_proj": "blk.{}.ffn_gate",
+    "model.layers.{}.mlp.up_proj": "blk.{}.ffn_up",
+    "model.layers.{}.mlp.down_proj": "blk.{}.ffn_down",
 }
 
 
@@ -38,53 +37,86 @@ _LLAMA = {
 class Parameter:
     """One leaf of the parameter tree, and where it is found in files.
 
-    path       "layers/self_attn/q_proj/kernel"
-    shape      of the leaf, the layers in front where `stacked`
-    kernel     whether files hold it as [out, in], the transpose of ours
-    hf_module  "model.layers.{}.self_attn.q_proj", also PEFT's name for it
-    gguf_module
-    suffix     "weight" or "bias", as files have it
+    path        "layers/self_attn/q_proj/kernel"
+    shape       of the leaf, with the axes in front along which it is stacked
+    transposed  whether files hold the axes in the reverse order, as they do of a linear kernel
+    hf_module   "model.layers.{}.self_attn.q_proj", also PEFT's name for it; a {} for every axis
+                along which the leaf is stacked
+    suffix      "weight" or "bias", as files have it
+
+    A layer, here and below, is one of the tensors in files that make up the leaf; they are counted
+    through where it is stacked along several axes (layers and experts), the last going fastest.
     """
 
     path: str
     shape: tuple[int, ...]
-    kernel: bool
+    transposed: bool
     hf_module: str
-    gguf_module: str
     suffix: str
 
     @property
+    def kernel(self) -> bool:
+        """Whether it is the kernel of a linear layer."""
+        return self.path.endswith("/kernel")
+
+    @property
+    def stack(self) -> tuple[int, ...]:
+        """The axes in front."""
+        return self.shape[: self.hf_module.count("{}")]
+
+    @property
     def stacked(self) -> bool:
-        return "{}" in self.hf_module
+        return bool(self.stack)
 
     @property
     def layers(self) -> int:
         """How many tensors of a file make up the leaf."""
-        return self.shape[0] if self.stacked else 1
+        return math.prod(self.stack)
+
+    def at(self, layer: int) -> tuple[int, ...]:
+        """Where in the leaf a layer stands: its index along each axis of `stack`."""
+        return tuple(int(i) for i in np.unravel_index(layer, self.stack)) if self.stack else ()
 
     @property
     def file_shape(self) -> tuple[int, ...]:
         """The shape of one of its tensors in a file."""
-        one = self.shape[1:] if self.stacked else self.shape
-        return one[::-1] if self.kernel else one
+        one = self.shape[len(self.stack) :]
+        return one[::-1] if self.transposed else one
+
+    def module(self, layer: int) -> str:
+        """Hugging Face's and PEFT's name of the module that a layer is in."""
+        return self.hf_module.format(*self.at(layer))
 
     def hf_name(self, layer: int) -> str:
-        return f"{self.hf_module.format(layer)}.{self.suffix}"
+        return f"{self.module(layer)}.{self.suffix}"
 
     def gguf_name(self, layer: int) -> str:
-        return f"{self.gguf_module.format(layer)}.{self.suffix}"
+        return f"{_GGUF[self.hf_module].format(*self.at(layer))}.{self.suffix}"
 
     def to_file(self, x: np.ndarray) -> np.ndarray:
         """One layer's weight from ours to the file's order of axes, or back."""
-        return x.T if self.kernel else x
+        return x.T if self.transposed else x
 
 
-def parameters(config: LlamaConfig) -> Iterator[Parameter]:
+def parameters(config: Any) -> Iterator[Parameter]:
     """Every leaf of the model's parameter tree."""
-    leaves, _ = jax.tree_util.tree_flatten_with_path(llama.abstract_params(config))
+    family = family_of(config)
+    leaves, _ = jax.tree_util.tree_flatten_with_path(abstract_params(config))
     for path, leaf in leaves:
         name = path_str(path)
         module, _, kind = name.rpartition("/")
-        hf, gguf = _LLAMA[module]
         suffix = "bias" if kind == "bias" else "weight"
-        yield Parameter(name, tuple(leaf.shape), kind == "kernel", hf, gguf, suffix)
+        transposed = kind == "kernel" and module.rpartition("/")[2] not in family.as_stored
+        yield Parameter(
+            name, tuple(leaf.shape), transposed, _hf_module(family.names, module), suffix
+        )
+
+
+def _hf_module(names: Any, module: str) -> str:
+    """The longest entry that the module's path starts with, and what follows it."""
+    prefix = module
+    while prefix not in names:
+        prefix = prefix.rpartition("/")[0]
+        if not prefix:
+            raise KeyError(f"the family's table has no name for {module}")
+    return names[prefix] + module.removeprefix(prefix).replace("/", ".")

@@ -88,12 +88,12 @@ def _tensors(
         if adapter is None:
             continue
         for layer in _layers(parameter, adapter):
-            at = layer if parameter.stacked else ...
+            at = parameter.at(layer)
             if not isinstance(adapter, LoraWeights):
                 yield parameter.hf_name(layer), _contiguous(parameter.to_file(adapter[at]))
                 continue
             names = _factor_names(parameter)
-            module = parameter.hf_module.format(layer)
+            module = parameter.module(layer)
             yield f"{module}.{names[0]}", _contiguous(adapter.a[at].T)
             yield f"{module}.{names[1]}", _contiguous(adapter.b[at].T)
 
@@ -128,7 +128,7 @@ def _targets(parameter: Parameter, adapter: LoraWeights) -> set[str]:
     layers = _layers(parameter, adapter)
     if len(layers) == parameter.layers:
         return {parameter.hf_module.rpartition(".")[2]}
-    return {parameter.hf_module.format(layer) for layer in layers}
+    return {parameter.module(layer) for layer in layers}
 
 
 def _is_full(adapter: Any) -> bool:
@@ -158,7 +158,7 @@ def _describe(
         if isinstance(adapter.scaling, tuple):
             for layer in _layers(table[path], adapter):
                 alpha = _number(adapter.scaling[layer] * divisor)
-                settings[module.format(layer)] = (adapter.rank, alpha)
+                settings[table[path].module(layer)] = (adapter.rank, alpha)
         else:
             name = module.rpartition("{}.")[2]
             settings[name] = (adapter.rank, _number(adapter.scaling * divisor))
@@ -318,7 +318,7 @@ class _Reading:
             for layer in range(parameter.layers):
                 self._names[parameter.hf_name(layer)] = parameter, layer
                 if parameter.path.endswith(("/kernel", "/embedding")):
-                    self._modules[parameter.hf_module.format(layer)] = parameter, layer
+                    self._modules[parameter.module(layer)] = parameter, layer
         self._factors: dict[Parameter, dict[int, dict[str, np.ndarray]]] = {}
         self._full: dict[Parameter, dict[int, np.ndarray]] = {}
 
@@ -351,7 +351,7 @@ class _Reading:
                 )
         full = _texts(self.about, "modules_to_save")
         for name, (parameter, layer) in self._names.items():
-            module = parameter.hf_module.format(layer)
+            module = parameter.module(layer)
             if layer in self._full.get(parameter, {}) or not module.endswith(tuple(full)):
                 continue
             self.faults.append(f"{name}: missing, of a module that modules_to_save names")
@@ -374,12 +374,11 @@ class _Reading:
         self, parameter: Parameter, layers: dict[int, dict[str, np.ndarray]]
     ) -> None:
         # Of a file's [out, in] weight; an embedding is [V, D] in files too, and A is over V.
-        one = parameter.shape[1:] if parameter.stacked else parameter.shape
-        k, n = one
+        k, n = parameter.shape[len(parameter.stack) :]
         before = len(self.faults)
         ranks: dict[int, int] = {}
         for layer, factors in layers.items():
-            module = parameter.hf_module.format(layer)
+            module = parameter.module(layer)
             if set(factors) != {"A", "B"}:
                 self.faults.append(f"{module}: has {'/'.join(sorted(factors))}, needs both A and B")
                 continue
@@ -405,12 +404,11 @@ class _Reading:
             rank = ranks[layer]
             a[layer, :, :rank] = factors["A"].astype(np.float32).T
             b[layer, :rank] = factors["B"].astype(np.float32).T
-            alpha = self._setting("lora_alpha", "alpha_pattern", parameter.hf_module.format(layer))
+            alpha = self._setting("lora_alpha", "alpha_pattern", parameter.module(layer))
             root = math.sqrt(rank) if self.about.get("use_rslora") else rank
             scaling[layer] = float(alpha) / root
         same = scaling[0] if len(set(scaling)) == 1 else tuple(scaling)
-        if not parameter.stacked:
-            a, b = a[0], b[0]
+        a, b = (x.reshape(*parameter.stack, *x.shape[1:]) for x in (a, b))
         self.adapters[parameter.path] = LoraWeights(jnp.asarray(a), jnp.asarray(b), same)
 
     def _finish_full(self, parameter: Parameter, layers: dict[int, np.ndarray], leaf: Any) -> None:
@@ -434,7 +432,7 @@ class _Reading:
         if len(self.faults) > before:
             return
         ours = [parameter.to_file(layers[i].astype(np.float32)) for i in range(parameter.layers)]
-        whole = np.stack(ours) if parameter.stacked else ours[0]
+        whole = np.stack(ours).reshape(parameter.shape)
         self.adapters[parameter.path] = jnp.asarray(whole)
 
     def _head_apart(self) -> bool:

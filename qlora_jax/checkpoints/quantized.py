@@ -16,7 +16,7 @@ from qlora_jax.checkpoints.model import Model
 from qlora_jax.checkpoints.tensors import read_json
 from qlora_jax.errors import QloraError, reason
 from qlora_jax.lora.adapters import named_leaves
-from qlora_jax.models import LlamaConfig, llama
+from qlora_jax.models import abstract_params
 from qlora_jax.models.typed import checked, needed
 from qlora_jax.quant import QuantConfig, QuantizedArray, path_str, quantize
 
@@ -62,9 +62,7 @@ def stored_format(folder: Path) -> QuantConfig:
     return _description(folder)[0]
 
 
-def load_params(
-    folder: Path, config: LlamaConfig, asked: QuantConfig | None, dtype: DTypeLike
-) -> Any:
+def load_params(folder: Path, config: Any, asked: QuantConfig | None, dtype: DTypeLike) -> Any:
     """The parameter tree in `folder`, dense weights as `dtype`.
 
     Raises QloraError if `asked` is another format than the stored one, and for a folder that is
@@ -84,7 +82,7 @@ def load_params(
         kept = jnp.float32 if name.endswith("/scale") else dtype
         return jax.ShapeDtypeStruct(leaf.shape, kept)
 
-    target = jax.tree_util.tree_map_with_path(abstract, llama.abstract_params(config))
+    target = jax.tree_util.tree_map_with_path(abstract, abstract_params(config))
     where = (folder / "params").absolute()
     _whole(where, files)
     import orbax.checkpoint as ocp

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
-from qlora_jax.models.config import LlamaConfig
+from qlora_jax.models.config import DecoderConfig
 
 
 @jax.tree_util.register_dataclass
@@ -28,7 +28,7 @@ class Cache:
 
     @classmethod
     def create(
-        cls, config: LlamaConfig, batch: int, length: int, dtype: DTypeLike = jnp.float32
+        cls, config: DecoderConfig, batch: int, length: int, dtype: DTypeLike = jnp.float32
     ) -> "Cache":
         """An empty cache for `batch` sequences of at most `length` tokens, padding included."""
         heads = (config.num_key_value_heads, config.head_dim)

@@ -1,12 +1,88 @@
 """Rotary position embedding and its rescalings for long contexts."""
 
+import dataclasses
 import math
+from collections.abc import Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from qlora_jax.models.config import LlamaConfig, RopeConfig
+from qlora_jax.errors import QloraError
+from qlora_jax.models.typed import checked, entry
+
+_ROPE_KINDS = ("default", "linear", "dynamic", "llama3", "yarn")
+_ROPE_REQUIRED = {
+    "linear": ("factor",),
+    "dynamic": ("factor",),
+    "llama3": ("factor", "low_freq_factor", "high_freq_factor"),
+    "yarn": (),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class RopeConfig:
+    """Rotary position embedding: base and, for long contexts, how its frequencies are rescaled.
+
+    Field names are those of config.json. `None` means "not given"; `kind` decides which are used.
+    """
+
+    kind: str = "default"
+    theta: float = 10000.0
+    factor: float | None = None
+    original_max_position_embeddings: int | None = None
+    low_freq_factor: float | None = None
+    high_freq_factor: float | None = None
+    beta_fast: float | None = None
+    beta_slow: float | None = None
+    attention_factor: float | None = None
+    mscale: float | None = None
+    mscale_all_dim: float | None = None
+    truncate: bool = True
+
+    @classmethod
+    def from_hf(cls, hf: Mapping[str, Any]) -> "RopeConfig":
+        """Reads `rope_parameters` (transformers 5) or `rope_scaling` with `rope_theta` (before)."""
+        key = "rope_parameters" if hf.get("rope_parameters") else "rope_scaling"
+        given = dict(entry(hf, key, Mapping, {}))
+        kind = given.pop("rope_type", None) or given.pop("type", None) or "default"
+        given.pop("type", None)
+        theta = entry(hf, "rope_theta", float) or 10000.0
+        theta = entry(given, "rope_theta", float) or theta
+        partial = given.get("partial_rotary_factor") or hf.get("partial_rotary_factor") or 1.0
+        for name in ("rope_theta", "partial_rotary_factor"):
+            given.pop(name, None)
+        if partial != 1.0:
+            raise QloraError(f"partial_rotary_factor {partial} is not supported; only 1.0 is")
+        if kind not in _ROPE_KINDS:
+            raise QloraError(f"rope scaling {kind!r} is not supported; known: {_ROPE_KINDS}")
+        known = {field.name for field in dataclasses.fields(cls)} - {"kind", "theta"}
+        unknown = sorted(set(given) - known)
+        if unknown:
+            raise QloraError(f"rope scaling {kind!r} has settings we do not know: {unknown}")
+        missing = [key for key in _ROPE_REQUIRED.get(kind, ()) if given.get(key) is None]
+        if missing:
+            raise QloraError(f"rope scaling {kind!r} lacks {missing}")
+        if kind in ("llama3", "yarn") and given.get("original_max_position_embeddings") is None:
+            given["original_max_position_embeddings"] = hf.get(
+                "original_max_position_embeddings", hf.get("max_position_embeddings", 2048)
+            )
+        kinds = {"original_max_position_embeddings": int, "truncate": bool}
+        settings = {
+            name: checked(f"{key}.{name}", value, kinds.get(name, float))
+            for name, value in given.items()
+            if value is not None
+        }
+        return cls(kind=kind, theta=theta, **settings)
+
+    def to_hf(self) -> dict[str, Any]:
+        """The `rope_parameters` entry of config.json."""
+        fields = dataclasses.asdict(self)
+        out: dict[str, Any] = {"rope_type": fields.pop("kind"), "rope_theta": fields.pop("theta")}
+        if self.kind != "yarn":
+            fields.pop("truncate")
+        return out | {key: value for key, value in fields.items() if value is not None}
 
 
 def inverse_frequencies(rope: RopeConfig, head_dim: int) -> tuple[np.ndarray, float]:
@@ -64,20 +140,21 @@ def _yarn(rope: RopeConfig, base: np.ndarray, head_dim: int) -> tuple[np.ndarray
     return frequencies, temperature(1.0)
 
 
-def rotation(config: LlamaConfig, positions: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Cosine and sine, fp32 [B, T, Dh/2], of the given positions [B, T].
+def rotation(
+    rope: RopeConfig, dim: int, trained: int, positions: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    """Cosine and sine, fp32 [B, T, dim/2], of the given positions [B, T].
 
+    dim: the entries of a head that are rotated; trained: the length of the trained context.
     `dynamic` scaling depends on the longest sequence of the batch (its largest position): past the
     trained context the base grows with it.
     """
-    frequencies, factor = inverse_frequencies(config.rope, config.head_dim)
+    frequencies, factor = inverse_frequencies(rope, dim)
     step = jnp.asarray(frequencies)
-    if config.rope.kind == "dynamic":
-        assert config.rope.factor is not None
-        trained = config.max_position_embeddings
+    if rope.kind == "dynamic":
+        assert rope.factor is not None
         length = jnp.maximum(jnp.max(positions) + 1, trained).astype(jnp.float32)
-        growth = config.rope.factor * length / trained - (config.rope.factor - 1)
-        dim = config.head_dim
+        growth = rope.factor * length / trained - (rope.factor - 1)
         # (theta * growth^(d/(d-2)))^(-2i/d), written as a product with the unscaled frequencies
         power = np.arange(0, dim, 2, dtype=np.float32) / np.float32(dim - 2)
         step = step * growth ** jnp.asarray(-power)

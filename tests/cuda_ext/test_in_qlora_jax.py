@@ -12,8 +12,8 @@ from jax.sharding import PartitionSpec as P
 from qlora_cuda import library
 
 import qlora_jax as qj
-from qlora_jax import lora
-from qlora_jax.models import LlamaConfig, llama
+from qlora_jax import lora, models
+from qlora_jax.models import LlamaConfig
 from qlora_jax.quant.matmul import nf4_matmul
 
 K, N = 256, 192
@@ -91,7 +91,7 @@ def test_a_model():
             "max_position_embeddings": 64, "tie_word_embeddings": True,
         }
     )  # fmt: skip
-    params = llama.init_params(config, jax.random.key(0))
+    params = models.init_params(config, jax.random.key(0))
     frozen = qj.quantize_tree(params, qj.NF4())
     adapters = lora.init(jax.random.key(1), frozen, qj.LoraConfig(rank=4))
     ids = jnp.arange(18).reshape(2, 9)
@@ -99,7 +99,7 @@ def test_a_model():
     def gradient():
         def loss(adapters):
             fn = qj.lift(
-                lambda p, ids: llama.apply(config, p, ids, dtype=jnp.bfloat16)[0], strict=True
+                lambda p, ids: models.apply(config, p, ids, dtype=jnp.bfloat16)[0], strict=True
             )
             return jnp.sum(fn(lora.attach(frozen, adapters), ids) ** 2)
 

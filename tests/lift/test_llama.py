@@ -8,11 +8,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from qlora_jax import lora
+from qlora_jax import lora, models
 from qlora_jax.lift import lift
+from qlora_jax.models import LlamaConfig
 from qlora_jax.models import cache as caches
-from qlora_jax.models import llama
-from qlora_jax.models.config import LlamaConfig
 from tests.lift.oracle import RTOL, assert_close, check, densify, float_sizes, prepare, quick
 
 COMMON: dict[str, Any] = {
@@ -38,7 +37,7 @@ IDS = jnp.asarray(np.random.default_rng(0).integers(0, 80, (2, 7)))
 @functools.cache
 def problem(variant: str, everything: bool) -> tuple[LlamaConfig, Any, dict[str, tuple[int, int]]]:
     config = LlamaConfig.from_hf({**COMMON, **VARIANTS[variant]})
-    params = llama.init_params(config, jax.random.key(0))
+    params = models.init_params(config, jax.random.key(0))
     # The default initialization is so small that softmax and tanh would be linear.
     params = jax.tree.map(lambda x: x * 4 if x.ndim > 2 else x, params)
     axes = {f"layers/{name}/kernel": (1, 1) for name in (*LINEAR, *MLP)}
@@ -56,21 +55,21 @@ def problem(variant: str, everything: bool) -> tuple[LlamaConfig, Any, dict[str,
 )
 def test_logits_and_gradients(variant: str, remat: bool) -> None:
     config, params, axes = problem(variant, everything=False)
-    fn = lambda p, ids: llama.apply(config, p, ids, remat=remat)[0]  # noqa: E731
+    fn = lambda p, ids: models.apply(config, p, ids, remat=remat)[0]  # noqa: E731
     check(fn, params, axes, IDS, bases=("nf4",), rtol=1e-4)
 
 
 @pytest.mark.parametrize("variant", ("llama", "tied"))
 def test_embedding_and_head_in_4_bits_too(variant: str) -> None:
     config, params, axes = problem(variant, everything=True)
-    fn = lambda p, ids: llama.apply(config, p, ids)[0]  # noqa: E731
+    fn = lambda p, ids: models.apply(config, p, ids)[0]  # noqa: E731
     check(fn, params, axes, IDS, bases=("nf4",), rtol=1e-4)
 
 
 def test_decoding_with_a_cache() -> None:
     config, params, axes = problem("llama", everything=False)
     frozen, adapters = prepare(params, axes, "nf4")
-    apply = functools.partial(llama.apply, config)
+    apply = functools.partial(models.apply, config)
     step = quick(lift(lambda p, ids, cache: apply(p, ids, cache=cache), strict=True))
 
     def decode(params: Any) -> jax.Array:
@@ -90,7 +89,7 @@ def test_decoding_with_a_cache() -> None:
 def test_no_dense_stack_in_the_program() -> None:
     config, params, axes = problem("llama", everything=False)
     frozen, adapters = prepare(params, axes, "nf4")
-    fn = lift(functools.partial(llama.apply, config, remat=True), strict=True)
+    fn = lift(functools.partial(models.apply, config, remat=True), strict=True)
 
     def loss(a: Any) -> jax.Array:
         return jnp.sum(fn(lora.attach(frozen, a), IDS)[0] ** 2)
@@ -104,9 +103,9 @@ def test_no_dense_stack_in_the_program() -> None:
 def test_bfloat16_compute() -> None:
     config, params, axes = problem("llama", everything=False)
     frozen, adapters = prepare(params, axes, "nf4")
-    fn = quick(lift(functools.partial(llama.apply, config, dtype=jnp.bfloat16), strict=True))
+    fn = quick(lift(functools.partial(models.apply, config, dtype=jnp.bfloat16), strict=True))
     got = fn(lora.attach(frozen, adapters), IDS)[0]
-    want = quick(lambda p: llama.apply(config, p, IDS)[0])(densify(frozen, adapters))
+    want = quick(lambda p: models.apply(config, p, IDS)[0])(densify(frozen, adapters))
     assert got.dtype == jnp.float32
     assert_close(got, want, 5e-2, "logits")
     assert float(jnp.max(jnp.abs(got - want)) / jnp.max(jnp.abs(want))) > RTOL  # bf16 was used

@@ -3,7 +3,8 @@
 import jax
 
 import qlora_jax as qj
-from qlora_jax.models import LlamaConfig, llama
+from qlora_jax import models
+from qlora_jax.models import LlamaConfig
 from qlora_jax.quant import quantize_tree
 
 LLAMA_7B = LlamaConfig.from_hf(
@@ -20,7 +21,7 @@ LLAMA_7B = LlamaConfig.from_hf(
 
 def test_llama_7b_has_as_many_parameters_as_the_paper_says() -> None:
     config = qj.LoraConfig(rank=64, alpha=16)
-    dense = llama.abstract_params(LLAMA_7B)
+    dense = models.abstract_params(LLAMA_7B)
     for params in (dense, quantize_tree(dense, qj.NF4())):
         adapters = jax.eval_shape(
             lambda key, params=params: qj.lora.init(key, params, config), jax.random.key(0)

@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 
 import qlora_jax as qj
-from qlora_jax.models import Cache, LlamaConfig, attention, llama
+from qlora_jax import models
+from qlora_jax.models import Cache, LlamaConfig, attention
 
 BASE = {
     "vocab_size": 50,
@@ -39,46 +40,64 @@ def test_a_configuration_survives_its_file(family):
 def test_windows_and_blocks_against_one_mask(family, monkeypatch):
     """Every query of every layer attends to what the plain rule says, in blocks of any size."""
     full = config(family)
-    params = llama.init_params(full, jax.random.key(0))
+    params = models.init_params(full, jax.random.key(0))
     params = jax.tree.map(lambda x: 3 * x, params)
     ids = jax.random.randint(jax.random.key(1), (2, 20), 0, 50)
-    whole = llama.apply(full, params, ids)[0]
+    whole = models.apply(full, params, ids)[0]
     monkeypatch.setattr(attention, "BLOCK", 4)
-    np.testing.assert_allclose(llama.apply(full, params, ids)[0], whole, rtol=0, atol=2e-5)
+    np.testing.assert_allclose(models.apply(full, params, ids)[0], whole, rtol=0, atol=2e-5)
     wide = dataclasses.replace(full, sliding_window=20)
-    assert float(jnp.abs(llama.apply(wide, params, ids)[0] - whole)[:, :5].max()) < 2e-5
-    assert float(jnp.abs(llama.apply(wide, params, ids)[0] - whole)[:, 5:].max()) > 1e-3
+    assert float(jnp.abs(models.apply(wide, params, ids)[0] - whole)[:, :5].max()) < 2e-5
+    assert float(jnp.abs(models.apply(wide, params, ids)[0] - whole)[:, 5:].max()) > 1e-3
+
+
+@pytest.mark.parametrize("family", ["llama", "mistral"])
+def test_packed_documents_do_not_see_each_other(family):
+    """Three documents in a row, and padding, give what each gives by itself."""
+    full = config(family)
+    params = jax.tree.map(lambda x: 3 * x, models.init_params(full, jax.random.key(0)))
+    ids = jax.random.randint(jax.random.key(1), (1, 16), 0, 50)
+    segments = jnp.asarray([[1] * 6 + [2] * 1 + [3] * 7 + [0] * 2])
+    mask = segments > 0
+    packed = jax.jit(lambda ids, segments, mask: models.apply(
+        full, params, ids, segment_ids=segments, attention_mask=mask
+    )[0])(ids, segments, mask)  # fmt: skip
+    apart = [models.apply(full, params, ids[:, a:b])[0] for a, b in ((0, 6), (6, 7), (7, 14))]
+    np.testing.assert_allclose(packed[:, :14], jnp.concatenate(apart, axis=1), rtol=0, atol=2e-5)
+    cache = Cache.create(full, 1, 16)
+    with pytest.raises(ValueError, match="packed sequences have no cache"):
+        models.apply(full, params, ids, segment_ids=segments, cache=cache)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_padding_and_the_cache_change_nothing(family):
     full = config(family)
-    params = jax.tree.map(lambda x: 3 * x, llama.init_params(full, jax.random.key(0)))
+    params = jax.tree.map(lambda x: 3 * x, models.init_params(full, jax.random.key(0)))
     ids = jax.random.randint(jax.random.key(1), (2, 12), 0, 50)
-    plain = llama.apply(full, params, ids)[0]
+    plain = models.apply(full, params, ids)[0]
 
     padded = jnp.pad(ids, [(0, 0), (4, 3)])
     mask = jnp.pad(jnp.ones_like(ids), [(0, 0), (4, 3)])
-    found = llama.apply(full, params, padded, attention_mask=mask)[0][:, 4:-3]
+    found = models.apply(full, params, padded, attention_mask=mask)[0][:, 4:-3]
     np.testing.assert_allclose(found, plain, rtol=0, atol=2e-5)
 
     cache = Cache.create(full, 2, 20)
     parts = []
     for start, stop in ((0, 7), (7, 8), (8, 12)):
-        logits, cache = llama.apply(full, params, ids[:, start:stop], cache=cache)
+        logits, cache = models.apply(full, params, ids[:, start:stop], cache=cache)
         parts.append(logits)
     np.testing.assert_allclose(jnp.concatenate(parts, 1), plain, rtol=0, atol=2e-5)
     with pytest.raises(ValueError, match="20 slots, 12 in use: no room for 9"):
-        llama.apply(full, params, jnp.zeros((2, 9), jnp.int32), cache=cache)
+        models.apply(full, params, jnp.zeros((2, 9), jnp.int32), cache=cache)
 
 
 def test_remat_changes_nothing():
     full = config("llama")
-    params = llama.init_params(full, jax.random.key(0))
+    params = models.init_params(full, jax.random.key(0))
     ids = jax.random.randint(jax.random.key(1), (2, 12), 0, 50)
 
     def total(params, remat):
-        return jnp.sum(llama.apply(full, params, ids, remat=remat)[0] ** 2)
+        return jnp.sum(models.apply(full, params, ids, remat=remat)[0] ** 2)
 
     one, two = (jax.grad(total)(params, remat) for remat in (False, True))
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4), one, two)

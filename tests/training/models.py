@@ -6,8 +6,9 @@ import jax
 import numpy as np
 
 import qlora_jax as qj
+from qlora_jax import models
 from qlora_jax.data import TokenizedDataset, TokenizedExample
-from qlora_jax.models import LlamaConfig, llama
+from qlora_jax.models import LlamaConfig
 
 
 @functools.cache
@@ -26,7 +27,7 @@ def model() -> qj.Model:
             "eos_token_id": 1,
         }
     )
-    params = qj.quantize_tree(llama.init_params(config, jax.random.key(0)), qj.NF4())
+    params = qj.quantize_tree(models.init_params(config, jax.random.key(0)), qj.NF4())
     return qj.Model(config, params, None, "tiny", np.float32)
 
 

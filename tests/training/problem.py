@@ -6,10 +6,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from qlora_jax import lora
+from qlora_jax import lora, models
 from qlora_jax.checkpoints.model import Model
 from qlora_jax.data import IGNORE, TokenizedDataset, TokenizedExample
-from qlora_jax.models import LlamaConfig, llama
+from qlora_jax.models import LlamaConfig
 from qlora_jax.quant import NF4, Policy, quantize_tree
 
 VOCABULARY = 64
@@ -30,7 +30,7 @@ LORA = lora.LoraConfig(rank=4, alpha=8.0)
 
 
 def make_model(seed: int = 0) -> Model:
-    params = llama.init_params(CONFIG, jax.random.key(seed))
+    params = models.init_params(CONFIG, jax.random.key(seed))
     # The default initialization is so small that the layers would hardly count.
     params = jax.tree.map(lambda x: x * 4 if x.ndim > 1 else x, params)
     params = quantize_tree(params, NF4(), Policy())

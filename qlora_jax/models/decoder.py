@@ -1,0 +1,222 @@
+"""What all decoder-only families share: stacked layers under a scan, masks, cache, output head.
+
+Letters: B batch, T time, S cache slots, D model, V vocabulary, H heads, Dh size of a head.
+"""
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax.core import Tracer
+from jax.typing import DTypeLike
+
+from qlora_jax.models.attention import causal_mask, same_segment, within_window
+from qlora_jax.models.cache import Cache
+from qlora_jax.models.config import FULL, DecoderConfig
+
+Rotation = tuple[jax.Array, jax.Array]
+"""Cosine and sine, fp32 [B, T, Dh/2]."""
+
+cheap = functools.partial(jax.checkpoint, prevent_cse=False)
+"""Marks where the backward pass starts from the inputs again. What lies between two such places is
+a norm or a gate before matrix products; of those no output is needed again but what the next place
+keeps, so they are not repeated: of all [B, T, F] arrays of a Llama gate and up alone are kept."""
+
+
+class DecoderLayer(Protocol):
+    """What `Decoder` asks of one layer."""
+
+    def project(
+        self, x: jax.Array, rotation: Rotation | None
+    ) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """x [B, T, D] -> q [B, T, H, Dh], k and v [B, T, Hkv, Dh], as attention takes them."""
+        ...
+
+    def attend(
+        self, x: jax.Array, q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array | None
+    ) -> jax.Array:
+        """x [B, T, D] and what attention adds to it; mask None: plainly causal."""
+        ...
+
+    def feed_forward(self, x: jax.Array) -> jax.Array:
+        """x [B, T, D] and what the MLP adds to it."""
+        ...
+
+
+class Decoder(nnx.Module):
+    """The whole decoder. `nnx.state` of it is the parameter tree, layers stacked as [L, ...].
+
+    A family overrides `embed`, `rotations`, `rotation_of_layers` or `head` where it differs.
+    """
+
+    def __init__(
+        self,
+        config: Any,
+        make_layer: Callable[..., Any],
+        make_norm: Callable[[], nnx.Module],
+        *,
+        dtype: DTypeLike,
+        param_dtype: DTypeLike,
+        rngs: nnx.Rngs,
+    ) -> None:
+        init = nnx.initializers.normal(0.02)
+        options: dict[str, Any] = {"dtype": dtype, "param_dtype": param_dtype}
+
+        @nnx.split_rngs(splits=config.num_hidden_layers)
+        @nnx.vmap(in_axes=0, out_axes=0)
+        def stacked(rngs: nnx.Rngs) -> Any:
+            return make_layer(config, **options, rngs=rngs)
+
+        self.config = config
+        self.embed_tokens = nnx.Embed(
+            config.vocab_size, config.hidden_size, embedding_init=init, **options, rngs=rngs
+        )
+        self.layers = stacked(rngs)
+        self.norm: Any = make_norm()
+        if not config.tie_word_embeddings:
+            self.lm_head = nnx.Linear(
+                config.hidden_size,
+                config.vocab_size,
+                use_bias=False,
+                kernel_init=init,
+                preferred_element_type=jnp.float32,
+                **options,
+                rngs=rngs,
+            )
+
+    def embed(self, input_ids: jax.Array, positions: jax.Array) -> jax.Array:
+        """input_ids and positions [B, T] -> the first layer's input [B, T, D]."""
+        return self.embed_tokens(input_ids)
+
+    def rotations(self, positions: jax.Array) -> Sequence[Rotation]:
+        """The rotary embeddings that the layers use; none: positions are not rotated."""
+        return ()
+
+    def rotation_of_layers(self) -> Sequence[int]:
+        """Which of `rotations` each layer uses."""
+        return (0,) * self.config.num_hidden_layers
+
+    def hidden(
+        self,
+        input_ids: jax.Array,
+        *,
+        attention_mask: jax.Array | None = None,
+        segment_ids: jax.Array | None = None,
+        positions: jax.Array | None = None,
+        cache: Cache | None = None,
+        remat: bool = False,
+    ) -> tuple[jax.Array, Cache | None]:
+        """Final, normalized hidden states [B, T, D]; see `families.apply_hidden`."""
+        config, (batch, time) = self.config, input_ids.shape
+        start = jnp.zeros((), jnp.int32) if cache is None else cache.index
+        valid = None if attention_mask is None else attention_mask.astype(bool)
+        if positions is None:
+            positions = _positions(valid, segment_ids, batch, time)
+            if cache is not None:
+                positions = positions + cache.positions[:, None]
+        rotations = self.rotations(positions)
+
+        queries = start + jnp.arange(time)
+        slots = time if cache is None else cache.length
+        if cache is not None:
+            if segment_ids is not None:
+                raise ValueError("packed sequences have no cache; give each a row of its own")
+            _check_room(cache, batch, time)
+            new = jnp.ones((batch, time), bool) if valid is None else valid
+            valid = jax.lax.dynamic_update_slice(cache.valid, new, (0, start))
+        windows = _layer_windows(config, slots)
+        mask = None
+        if valid is not None or windows is not None or segment_ids is not None:
+            mask = causal_mask(queries, slots, valid)
+        if mask is not None and segment_ids is not None:
+            mask = mask & same_segment(segment_ids)
+
+        graphdef, stacked = nnx.split(self.layers)
+
+        def layer_step(carry: Any, xs: Any) -> tuple[Any, None]:
+            x, keys, values = carry
+            state, number, window, kind = xs
+            layer: DecoderLayer = nnx.merge(graphdef, state)
+            rotation = None if not rotations else rotations[0]
+            if kind is not None:
+                rotation = jax.tree.map(lambda *kinds: jnp.stack(kinds)[kind], *rotations)
+            q, k, v = cheap(lambda x: layer.project(x, rotation))(x)
+            if cache is not None:
+                place = (number, 0, start, 0, 0)
+                keys = jax.lax.dynamic_update_slice(keys, k[None].astype(keys.dtype), place)
+                values = jax.lax.dynamic_update_slice(values, v[None].astype(keys.dtype), place)
+                k, v = keys[number].astype(q.dtype), values[number].astype(q.dtype)
+            here = mask
+            if mask is not None and window is not None:
+                here = mask & within_window(queries, slots, window)
+            x = layer.attend(x, q, k, v, here)
+            return (layer.feed_forward(x), keys, values), None
+
+        # The cache travels in the carry, where XLA updates it in place; as scan inputs and outputs
+        # it would be copied whole at every token.
+        step = jax.checkpoint(layer_step, prevent_cse=False) if remat else layer_step
+        carry = (
+            self.embed(input_ids, positions),
+            *((None, None) if cache is None else (cache.k, cache.v)),
+        )
+        numbers = jnp.arange(config.num_hidden_layers)
+        several = len(rotations) > 1
+        kinds = jnp.asarray(self.rotation_of_layers(), jnp.int32) if several else None
+        (x, keys, values), _ = jax.lax.scan(step, carry, (stacked, numbers, windows, kinds))
+        if cache is not None and valid is not None:
+            cache = Cache(
+                k=keys,
+                v=values,
+                valid=valid,
+                positions=positions[:, -1] + 1,
+                index=start + time,
+            )
+        return self.norm(x), cache
+
+    def head(self, hidden: jax.Array) -> jax.Array:
+        """hidden [..., D] -> logits [..., V], accumulated and returned in fp32."""
+        if not self.config.tie_word_embeddings:
+            return self.lm_head(hidden)
+        table = self.embed_tokens.embedding[...].astype(hidden.dtype)
+        return jnp.einsum("...d,vd->...v", hidden, table, preferred_element_type=jnp.float32)
+
+
+def _positions(
+    real: jax.Array | None, segments: jax.Array | None, batch: int, time: int
+) -> jax.Array:
+    """[B, T]: counts real tokens only, so that left padding does not shift a sequence.
+
+    Every segment counts from zero.
+    """
+    if real is None:
+        counted = jnp.broadcast_to(jnp.arange(time, dtype=jnp.int32), (batch, time))
+    else:
+        counted = jnp.maximum(jnp.cumsum(real.astype(jnp.int32), axis=1) - 1, 0)
+    if segments is None:
+        return counted
+    before = jnp.pad(segments, ((0, 0), (1, 0)))[:, :-1]
+    starts = jnp.where((segments != before).at[:, 0].set(True), counted, 0)
+    return counted - jax.lax.cummax(starts, axis=1)
+
+
+def _layer_windows(config: DecoderConfig, slots: int) -> jax.Array | None:
+    """Sliding window of every layer, [L], or None where none can hide one of `slots` slots."""
+    if config.sliding_window is None or slots <= config.sliding_window:
+        return None
+    unlimited = np.iinfo(np.int32).max
+    sizes = [unlimited if t == FULL else config.sliding_window for t in config.layer_types]
+    return jnp.asarray(sizes, jnp.int32)
+
+
+def _check_room(cache: Cache, batch: int, time: int) -> None:
+    if cache.valid.shape[0] != batch:
+        raise ValueError(f"the cache holds {cache.valid.shape[0]} sequences, got {batch}")
+    used = 0 if isinstance(cache.index, Tracer) else int(cache.index)
+    if used + time > cache.length:
+        raise ValueError(
+            f"the cache has {cache.length} slots, {used} in use: no room for {time} tokens more"
+        )

@@ -1,0 +1,156 @@
+"""Every family there is, by Hugging Face's model_type, and a model's functions of its parameters.
+
+The functions take the parameters as a nested dict of arrays, which is what the rest of the library
+(and `jax.grad`) works with.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax.typing import DTypeLike
+
+from qlora_jax.errors import QloraError
+from qlora_jax.models import llama
+from qlora_jax.models.cache import Cache
+
+Params = Mapping[str, Any]
+
+
+@dataclasses.dataclass(frozen=True)
+class Family:
+    """What is known of a family: its configuration, its module, and its names in files.
+
+    config     dataclass with from_hf(config.json) and to_hf()
+    module     called as module(config, dtype=, param_dtype=, rngs=)
+    names      our module -> Hugging Face's, with {} for the number of the layer; the longest entry
+               that a parameter's path starts with counts, what follows it has the same names
+    as_stored  last names of linear modules whose weight files hold as [in, out], not transposed
+    """
+
+    config: Any
+    module: Callable[..., nnx.Module]
+    names: Mapping[str, str]
+    as_stored: frozenset[str] = frozenset()
+
+
+_LLAMA = Family(llama.LlamaConfig, llama.Llama, llama.NAMES)
+FAMILIES: dict[str, Family] = {
+    "llama": _LLAMA,
+    "mistral": _LLAMA,
+    "qwen2": _LLAMA,
+    "qwen3": _LLAMA,
+}
+
+
+def read_config(hf: Mapping[str, Any]) -> Any:
+    """The configuration in a config.json.
+
+    Raises QloraError for a family or a switch that is not supported.
+    """
+    family = FAMILIES.get(str(hf.get("model_type")))
+    if family is None:
+        raise QloraError(
+            f"model_type {hf.get('model_type')!r} is not supported; known families: "
+            f"{', '.join(FAMILIES)}"
+        )
+    return family.config.from_hf(hf)
+
+
+def family_of(config: Any) -> Family:
+    """The family that a configuration belongs to."""
+    return FAMILIES[config.model_type]
+
+
+@functools.cache
+def _abstract(config: Any, dtype: np.dtype, param_dtype: np.dtype) -> tuple[Any, Any]:
+    """The module's structure and its parameters as shapes; nothing is allocated."""
+    make = family_of(config).module
+    model = nnx.eval_shape(
+        lambda: make(config, dtype=dtype, param_dtype=param_dtype, rngs=nnx.Rngs(0))
+    )
+    return nnx.split(model)
+
+
+def abstract_params(config: Any, param_dtype: DTypeLike = jnp.float32) -> dict[str, Any]:
+    """The parameter tree as ShapeDtypeStructs (norm scales are fp32 whatever `param_dtype`)."""
+    dtype = np.dtype(param_dtype)
+    return nnx.to_pure_dict(_abstract(config, dtype, dtype)[1])
+
+
+def init_params(
+    config: Any, key: jax.Array, param_dtype: DTypeLike = jnp.float32
+) -> dict[str, Any]:
+    """Random parameters: normal(0.02) kernels and embeddings, zero biases, unit norm scales."""
+    make = family_of(config).module
+    model = make(config, dtype=param_dtype, param_dtype=param_dtype, rngs=nnx.Rngs(key))
+    return nnx.to_pure_dict(nnx.state(model))
+
+
+def bind(config: Any, params: Params, dtype: DTypeLike) -> Any:
+    """The family's module with these parameters, computing in `dtype`."""
+    graphdef, _ = _abstract(config, np.dtype(dtype), np.dtype(jnp.float32))
+    return nnx.merge(graphdef, params)
+
+
+def apply_hidden(
+    config: Any,
+    params: Params,
+    input_ids: jax.Array,
+    *,
+    attention_mask: jax.Array | None = None,
+    segment_ids: jax.Array | None = None,
+    positions: jax.Array | None = None,
+    cache: Cache | None = None,
+    dtype: DTypeLike = jnp.float32,
+    remat: bool = False,
+) -> tuple[jax.Array, Cache | None]:
+    """A decoder's hidden states after the final norm.
+
+    input_ids       [B, T] int
+    attention_mask  [B, T], zero on padding (left or right). Without a cache it may be None: no
+                    padding, and no mask array is built unless a sliding window needs one.
+    segment_ids     [B, T] int: the number of the document, where several are packed in a row (each
+                    has a number of its own). A token sees its own document only, and
+                    positions start anew in each. Not together with a cache.
+    positions       [B, T]; None counts the real tokens of each row, or of each document.
+    cache           None, or the `Cache` to extend by these T tokens. The caller provides the room:
+                    inside jit an overflow cannot be detected.
+    dtype           of the computation; norms, softmax and rotation are fp32 throughout.
+    remat           keep only each layer's input for the backward pass and compute it again.
+
+    Returns hidden [B, T, D] and the extended cache (None if none was given).
+    """
+    return bind(config, params, dtype).hidden(
+        input_ids,
+        attention_mask=attention_mask,
+        segment_ids=segment_ids,
+        positions=positions,
+        cache=cache,
+        remat=remat,
+    )
+
+
+def apply_head(
+    config: Any, params: Params, hidden: jax.Array, *, dtype: DTypeLike = jnp.float32
+) -> jax.Array:
+    """Logits, fp32 [..., V], of hidden states [..., D]; uses only the head's parameters."""
+    return bind(config, params, dtype).head(hidden.astype(dtype))
+
+
+def apply(
+    config: Any,
+    params: Params,
+    input_ids: jax.Array,
+    *,
+    dtype: DTypeLike = jnp.float32,
+    **settings: Any,
+) -> tuple[jax.Array, Cache | None]:
+    """Logits, fp32 [B, T, V], and the extended cache; arguments as for `apply_hidden`."""
+    hidden, cache = apply_hidden(config, params, input_ids, dtype=dtype, **settings)
+    return apply_head(config, params, hidden, dtype=dtype), cache
