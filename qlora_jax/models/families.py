@@ -115,9 +115,9 @@ def apply_hidden(
     input_ids       [B, T] int
     attention_mask  [B, T], zero on padding (left or right). Without a cache it may be None: no
                     padding, and no mask array is built unless a sliding window needs one.
-    segment_ids     [B, T] int: the number of the document, where several are packed in a row (each
-                    has a number of its own). A token sees its own document only, and
-                    positions start anew in each. Not together with a cache.
+    segment_ids     [B, T] int: the document that a token is of, where several are packed in a row,
+                    each with a number of its own. A token sees its own document only, and positions
+                    start anew in each. Not together with a cache.
     positions       [B, T]; None counts the real tokens of each row, or of each document.
     cache           None, or the `Cache` to extend by these T tokens. The caller provides the room:
                     inside jit an overflow cannot be detected.
