@@ -27,10 +27,10 @@ def lift(fn: Function, *, strict: bool = False) -> Function:
     fn: any function that jax.jit could trace: a Linen or NNX model's apply, or one written by hand.
     Weights may pass through casts, transposes, reshapes, slices of stacked axes, jit, scan, while,
     cond, checkpoint, custom_jvp, custom_vjp and shard_map; they are consumed by dot_general (and so
-    einsum), by gather (embeddings) and by convolutions. The result can be jitted, vmapped and
-    differentiated in reverse mode. Forward mode (jax.jvp, jax.jacfwd) raises JAX's TypeError where
-    it meets a product with a weight, which has a custom_vjp. Arguments that are no arrays, such as
-    flags, reach `fn` as they are.
+    einsum), by ragged_dot (stacked experts), by gather (embeddings) and by convolutions. The result
+    can be jitted, vmapped and differentiated in reverse mode. Forward mode (jax.jvp, jax.jacfwd)
+    raises JAX's TypeError where it meets a product with a weight, which has a custom_vjp. Arguments
+    that are no arrays, such as flags, reach `fn` as they are.
 
     A weight that is used in any other way is made dense there; this is logged once, with the
     primitive and the parameter's path, or with strict=True raises QloraError. A weight that `fn`

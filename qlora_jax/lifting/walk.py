@@ -7,7 +7,7 @@ from typing import Any
 from jax.extend.core import JaxprEqn, Literal
 
 from qlora_jax.errors import QloraError
-from qlora_jax.lifting import control, products, sharded, views
+from qlora_jax.lifting import control, grouped, products, sharded, views
 from qlora_jax.lifting.lazy import Lazy
 
 logger = logging.getLogger("qlora_jax.lift")
@@ -31,6 +31,7 @@ PRODUCTS = {
     "dot_general": products.dot_general,
     "gather": products.gather,
     "conv_general_dilated": products.conv_general_dilated,
+    "ragged_dot_general": grouped.ragged_dot_general,
 }
 
 

@@ -16,18 +16,22 @@ LINEAR_KERNEL = r"(.*/)?kernel"
 OUTPUT_HEAD = r"(.*/)?(lm_head|embed_out|output_head|score|classifier)/.*"
 """Paths of output heads: small next to the rest, and the layer most hurt by rounding."""
 
+ROUTER = r"(.*/)?router/.*"
+"""Paths of the routers of mixtures of experts: tiny, and rounding one sends tokens elsewhere."""
+
 
 @dataclasses.dataclass(frozen=True)
 class Policy:
     """Selects parameters by path ("layers/mlp/up_proj/kernel"), by whole-path regular expressions.
 
-    include / exclude: the default takes every linear kernel but the output head; embeddings are
-    no kernels. axes: path pattern -> (contracted axes, output axes) for kernels that are not
-    [..., K, N], e.g. {r".*/query/kernel": (1, 2)}; the first pattern that matches counts.
+    include / exclude: the default takes every linear kernel, those of stacked experts too, but not
+    output heads and routers; embeddings are no kernels. axes: path pattern -> (contracted axes,
+    output axes) for kernels that are not [..., K, N], e.g. {r".*/query/kernel": (1, 2)}; the first
+    pattern that matches counts.
     """
 
     include: str = LINEAR_KERNEL
-    exclude: str = OUTPUT_HEAD
+    exclude: str = f"{OUTPUT_HEAD}|{ROUTER}"
     axes: Mapping[str, tuple[int, int]] = dataclasses.field(default_factory=dict)
 
     def selects(self, path: str, shape: tuple[int, ...]) -> bool:

@@ -42,6 +42,18 @@ def test_default_takes_the_linear_kernels_but_the_head():
     assert tree["lm_head"]["kernel"] is TREE["lm_head"]["kernel"]
 
 
+def test_experts_are_taken_and_their_router_is_not():
+    tree = {
+        "mlp": {
+            "router": {"kernel": np.ones((2, 64, 4), np.float32)},
+            "experts": {"up_proj": {"kernel": np.ones((2, 4, 64, 32), np.float32)}},
+        }
+    }
+    quantized = quantize_tree(tree, NF4())
+    assert quantized_paths(quantized) == {"mlp/experts/up_proj/kernel"}
+    assert quantized["mlp"]["experts"]["up_proj"]["kernel"].batch_shape == (2, 4)
+
+
 def test_own_patterns():
     policy = Policy(include=r".*(kernel|embedding)", exclude=r"layers/.*")
     assert quantized_paths(quantize_tree(TREE, NF4(), policy)) == {
