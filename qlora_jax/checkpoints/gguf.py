@@ -1,15 +1,18 @@
 """GGUF files: configuration and tensors. Quantized tensors are dequantized by the gguf package."""
 
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
+from qlora_jax.checkpoints.gguf_header import check_header
 from qlora_jax.checkpoints.names import Parameter
 from qlora_jax.errors import QloraError, missing
 from qlora_jax.models import LlamaConfig, RopeConfig
 from qlora_jax.models.rope import inverse_frequencies
+from qlora_jax.models.typed import checked
 
+T = TypeVar("T", int, float)
 ROPE_FACTORS = "rope_freqs.weight"
 _INTEGERS = ("I8", "I16", "I32", "I64")
 # All that is understood of what shapes attention; anything else there would change the model.
@@ -42,6 +45,7 @@ class GGUFFile:
         except ModuleNotFoundError as error:
             raise missing("gguf", f"reading {path}", "hf") from error
         self.source = str(path)
+        check_header(path)
         try:
             self._reader = gguf.GGUFReader(path)
         except (ValueError, IndexError, KeyError, OSError) as error:
@@ -56,7 +60,21 @@ class GGUFFile:
     def field(self, key: str, default: Any = None) -> Any:
         """A metadata entry, or `default`."""
         entry = self._reader.fields.get(key)
-        return default if entry is None else entry.contents()
+        try:
+            return default if entry is None else entry.contents()
+        except (ValueError, IndexError, KeyError) as error:
+            raise QloraError(f"{self.source}: the metadata entry {key} is damaged") from error
+
+    def number(self, key: str, kind: type[T], default: T | None = None) -> T:
+        """A metadata entry of the architecture that is a number. Raises QloraError if it is not."""
+        name = f"{self.architecture}.{key}"
+        value = self.field(name, default)
+        if value is None:
+            raise QloraError(f"{self.source}: the metadata entry {name} is missing")
+        try:
+            return checked(name, value, kind)
+        except QloraError as error:
+            raise QloraError(f"{self.source}: {error}") from error
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
         # GGUF lists the fastest axis first.
@@ -95,39 +113,36 @@ class GGUFFile:
                 f"{self.source}: architecture {arch!r} is not supported; known: llama, qwen2, qwen3"
             )
 
-        def need(key: str) -> Any:
-            value = self.field(f"{arch}.{key}")
-            if value is None:
-                raise QloraError(f"{self.source}: the metadata entry {arch}.{key} is missing")
-            return value
-
         if "token_embd.weight" not in self._tensors:
             raise QloraError(f"{self.source}: no token_embd.weight; is this a whole model?")
         self._refuse_unknown()
-        heads, width = need("attention.head_count"), need("embedding_length")
-        if isinstance(heads, list):
+        if isinstance(self.field(f"{arch}.attention.head_count"), list):
             raise QloraError(f"{self.source}: head counts that differ by layer are not supported")
-        head_dim = self.field(f"{arch}.attention.key_length") or width // heads
+        heads, width = (
+            self.number("attention.head_count", int),
+            self.number("embedding_length", int),
+        )
+        head_dim = self.number("attention.key_length", int, width // max(heads, 1))
         for key in ("rope.dimension_count", "attention.value_length"):
             if (other := self.field(f"{arch}.{key}", head_dim)) != head_dim:
                 raise QloraError(
                     f"{self.source}: {arch}.{key} is {other}, the size of a head {head_dim}; "
                     "only equal ones are supported"
                 )
-        context = need("context_length")
+        context = self.number("context_length", int)
         window = self._window(context)
         hf = {
             "model_type": arch if window is None else "mistral",
             "vocab_size": self.shapes()["token_embd.weight"][0],
             "hidden_size": width,
-            "intermediate_size": need("feed_forward_length"),
-            "num_hidden_layers": need("block_count"),
+            "intermediate_size": self.number("feed_forward_length", int),
+            "num_hidden_layers": self.number("block_count", int),
             "num_attention_heads": heads,
-            "num_key_value_heads": self.field(f"{arch}.attention.head_count_kv", heads),
+            "num_key_value_heads": self.number("attention.head_count_kv", int, heads),
             "head_dim": head_dim,
             "max_position_embeddings": context,
             "sliding_window": window,
-            "rms_norm_eps": _shortest(need("attention.layer_norm_rms_epsilon")),
+            "rms_norm_eps": _shortest(self.number("attention.layer_norm_rms_epsilon", float)),
             "attention_bias": "blk.0.attn_output.bias" in self._tensors,
             "mlp_bias": "blk.0.ffn_up.bias" in self._tensors,
             "tie_word_embeddings": "output.weight" not in self._tensors,
@@ -135,9 +150,12 @@ class GGUFFile:
             "eos_token_id": self.field("tokenizer.ggml.eos_token_id"),
             "pad_token_id": self.field("tokenizer.ggml.padding_token_id"),
         }
-        theta = _shortest(self.field(f"{arch}.rope.freq_base", 10000.0))
+        theta = _shortest(self.number("rope.freq_base", float, 10000.0))
         hf["rope_parameters"] = {"rope_theta": theta, **self._rope(theta, head_dim, context)}
-        return LlamaConfig.from_hf(hf)
+        try:
+            return LlamaConfig.from_hf(hf)
+        except QloraError as error:
+            raise QloraError(f"{self.source}: {error}") from error
 
     def _refuse_unknown(self) -> None:
         """Settings of attention that are not in `_KNOWN`."""
@@ -154,7 +172,7 @@ class GGUFFile:
 
     def _window(self, context: int) -> int | None:
         """The window of attention, which Mistral has: its files are of the architecture llama."""
-        window = self.field(f"{self.architecture}.attention.sliding_window")
+        window = self.number("attention.sliding_window", int, 0)
         if not window or window >= context:
             return None
         if self.architecture != "llama":

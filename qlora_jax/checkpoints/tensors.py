@@ -65,7 +65,10 @@ class SafetensorsFolder:
             raise QloraError(f"{folder}: neither {SINGLE} nor {INDEX} is there{_pickles(folder)}")
         for file in files:
             with open_safetensors(file) as opened:
+                _refuse_doubles(file)
                 for name in opened.keys():  # noqa: SIM118 (no mapping)
+                    if name in self._file_of:
+                        raise QloraError(f"{name}: in {self._file_of[name]} and in {file}")
                     self._file_of[name] = file
                     header = opened.get_slice(name)
                     self._shapes[name] = tuple(header.get_shape())
@@ -130,14 +133,36 @@ def _read_index(index: Path) -> dict[str, Path]:
 def read_json(path: Path) -> dict[str, Any]:
     """The JSON object in a file; QloraError if it holds anything else."""
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=_unique)
     except FileNotFoundError as error:
         raise QloraError(f"{path} is not there") from error
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise QloraError(f"{path}: not JSON ({error})") from error
+    except (QloraError, RecursionError) as error:
+        raise QloraError(f"{path}: {error}") from error
     if not isinstance(content, dict):
         raise QloraError(f"{path}: expected a JSON object, found {type(content).__name__}")
     return content
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A JSON object, in which no name may stand twice: readers differ in which one counts."""
+    content = dict(pairs)
+    if len(content) < len(pairs):
+        names = [name for name, _ in pairs]
+        double = next(name for name in names if names.count(name) > 1)
+        raise QloraError(f"the name {double!r} stands in it twice")
+    return content
+
+
+def _refuse_doubles(file: Path) -> None:
+    """Raises QloraError for a safetensors file with two tensors of a name; it was opened before."""
+    with file.open("rb") as opened:
+        header = opened.read(int.from_bytes(opened.read(8), "little"))
+    try:
+        json.loads(header, object_pairs_hook=_unique)
+    except QloraError as error:
+        raise QloraError(f"{file}: {error}") from error
 
 
 def fault_of(x: Any) -> str | None:

@@ -7,6 +7,9 @@ from typing import Any, Self
 from qlora_jax.errors import QloraError
 from qlora_jax.models.typed import checked, entry, needed
 
+MOST_LAYERS = 10_000
+"""More than any model has. Settings are lists with an entry a layer, so that a damaged number of
+layers would fill the memory."""
 FULL, SLIDING = "full_attention", "sliding_attention"
 _SIZES = (
     "vocab_size",
@@ -71,18 +74,24 @@ class DecoderConfig:
 
 
 def check_positive(config: Any, names: Iterable[str]) -> None:
-    """Raises QloraError for a field below 1."""
+    """Raises QloraError for a field below 1, and for one too large to be the size of an array."""
     for name in names:
-        if getattr(config, name) < 1:
-            raise QloraError(f"{name} is {getattr(config, name)}, expected at least 1")
+        if not 1 <= (value := getattr(config, name)) < 2**31:
+            raise QloraError(f"{name} is {value}, expected at least 1 and less than 2^31")
 
 
 def required(hf: Mapping[str, Any], *names: str) -> dict[str, int]:
-    """Whole numbers of a config.json. Raises QloraError that lists the missing ones."""
+    """Whole numbers of a config.json, among them num_hidden_layers.
+
+    Raises QloraError that lists the missing ones, and for more than `MOST_LAYERS` layers.
+    """
     missing = [key for key in names if hf.get(key) is None]
     if missing:
         raise QloraError(f"config.json of a {hf.get('model_type')} model lacks {missing}")
-    return {key: needed(hf, key, int) for key in names}
+    sizes = {key: needed(hf, key, int) for key in names}
+    if (layers := sizes.get("num_hidden_layers", 1)) > MOST_LAYERS:
+        raise QloraError(f"num_hidden_layers is {layers}, expected at most {MOST_LAYERS}")
+    return sizes
 
 
 def only(hf: Mapping[str, Any], **supported: Any) -> None:

@@ -41,6 +41,11 @@ class RopeConfig:
     mscale_all_dim: float | None = None
     truncate: bool = True
 
+    def __post_init__(self) -> None:
+        for name in ("theta", "factor", "original_max_position_embeddings"):
+            if (value := getattr(self, name)) is not None and value <= 0:
+                raise QloraError(f"the {name} of rotary embedding is {value}, expected more than 0")
+
     @classmethod
     def from_hf(cls, hf: Mapping[str, Any]) -> "RopeConfig":
         """Reads `rope_parameters` (transformers 5) or `rope_scaling` with `rope_theta` (before)."""

@@ -1,0 +1,204 @@
+"""Files that are damaged or made to do harm: one clear error each, or the model that they hold.
+
+Every header is mutated at random. What must never come out is another exception than QloraError, a
+hang, memory beyond the file's size, or a file outside the folder.
+"""
+
+import json
+import shutil
+import struct
+import tracemalloc
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+import qlora_jax as qj
+from qlora_jax.checkpoints.load import load
+from qlora_jax.checkpoints.tensors import SafetensorsFolder
+from tests import tiny
+from tests.checkpoints.test_gguf import write as write_gguf
+
+pytestmark = pytest.mark.standard_promotion
+SLACK = 4 * 2**20
+"""Bytes that reading may take beyond a multiple of the file's size."""
+
+fuzzed = settings(
+    max_examples=150,
+    deadline=None,
+    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
+)
+numbers = st.sampled_from(
+    [-1, 0, 1, 2, 7, 63, 2**31 - 1, 2**31, 2**32, 2**53, 2**63 - 1, 2**63, 2**64 - 1, 10**30]
+)
+strange = st.one_of(
+    st.none(), st.booleans(), numbers, st.floats(), st.text(max_size=8), st.just([]), st.just({}),
+    st.lists(numbers, max_size=4), st.sampled_from(["..", "../x", "/etc/passwd", "a/b", "\x00"]),
+)  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("hostile")
+    return tiny.write_checkpoint(root / "tiny", layers=1, hidden=32, intermediate=32)
+
+
+@pytest.fixture(scope="module")
+def gguf_file(folder: Path) -> Path:
+    return write_gguf(folder.parent / "whole.gguf", folder, skip=())
+
+
+def harmless(read: Callable[[], Any], size: int) -> Any:
+    """What `read` gives, or the message of its QloraError; anything else is raised."""
+    tracemalloc.start()
+    try:
+        result = read()
+    except qj.QloraError as error:
+        result = str(error)
+        assert result.strip()
+    finally:
+        peak = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+    assert peak < 16 * size + SLACK, f"{peak} bytes for a file of {size}"
+    return result
+
+
+def change_at(content: Any, where: list[int], value: Any) -> Any:
+    """JSON with the entry that the numbers lead to replaced, removed or doubled."""
+    if not where or not isinstance(content, dict | list) or not content:
+        return value
+    keys = list(content) if isinstance(content, dict) else list(range(len(content)))
+    key = keys[where[0] % len(keys)]
+    copy: Any = dict(content) if isinstance(content, dict) else list(content)
+    if len(where) == 1 and where[0] % 5 == 0:
+        del copy[key]
+    else:
+        copy[key] = change_at(content[key], where[1:], value)
+    return copy
+
+
+paths = st.lists(st.integers(0, 99), min_size=1, max_size=4)
+
+
+def with_header(whole: bytes, header: bytes) -> bytes:
+    (length,) = struct.unpack("<Q", whole[:8])
+    return struct.pack("<Q", len(header)) + header + whole[8 + length :]
+
+
+@fuzzed
+@given(where=paths, value=strange)
+def test_safetensors_headers(where, value, folder, tmp_path):
+    """Wrong types, shapes and offsets in a header that is still JSON."""
+    whole = (folder / "model.safetensors").read_bytes()
+    (length,) = struct.unpack("<Q", whole[:8])
+    about = change_at(json.loads(whole[8 : 8 + length]), where, value)
+    broken = tmp_path / "model.safetensors"
+    broken.write_bytes(with_header(whole, json.dumps(about).encode()))
+    shutil.copy(folder / "config.json", tmp_path)
+    harmless(lambda: load(tmp_path), len(whole))
+
+
+@fuzzed
+@given(data=st.data())
+def test_safetensors_bytes(data, folder, tmp_path):
+    """Bytes exchanged and the file cut, at the start above all."""
+    whole = bytearray((folder / "model.safetensors").read_bytes())
+    for _ in range(data.draw(st.integers(1, 4))):
+        whole[data.draw(st.integers(0, 1500))] = data.draw(st.integers(0, 255))
+    cut = data.draw(st.one_of(st.none(), st.integers(0, len(whole))))
+    (tmp_path / "model.safetensors").write_bytes(whole[:cut])
+    harmless(lambda: SafetensorsFolder(tmp_path).shapes(), len(whole))
+
+
+def test_a_name_that_stands_twice(folder, tmp_path):
+    whole = (folder / "model.safetensors").read_bytes()
+    (length,) = struct.unpack("<Q", whole[:8])
+    header = whole[8 : 8 + length].strip()
+    name = '"model.norm.weight"'
+    entry = json.dumps(json.loads(header)["model.norm.weight"])
+    twice = header[:-1] + f",{name}:{entry}".encode() + b"}"
+    (tmp_path / "model.safetensors").write_bytes(with_header(whole, twice))
+    with pytest.raises(qj.QloraError, match="stands in it twice"):
+        SafetensorsFolder(tmp_path)
+
+
+@fuzzed
+@given(where=paths, value=strange)
+def test_indexes(where, value, folder, tmp_path):
+    names = list(SafetensorsFolder(folder).shapes())
+    index = {"metadata": {"total_size": 1}, "weight_map": dict.fromkeys(names, "a.safetensors")}
+    shutil.copy(folder / "model.safetensors", tmp_path / "a.safetensors")
+    (tmp_path / "model.safetensors.index.json").write_text(
+        json.dumps(change_at(index, where, value))
+    )
+    harmless(lambda: SafetensorsFolder(tmp_path), (tmp_path / "a.safetensors").stat().st_size)
+
+
+@pytest.mark.parametrize("name", ["../m.safetensors", "/tmp/m.safetensors", "..", "a/../../m", ""])
+def test_an_index_does_not_lead_out(name, folder, tmp_path):
+    inside = tmp_path / "in"
+    inside.mkdir()
+    shutil.copy(folder / "model.safetensors", tmp_path / "m.safetensors")
+    index = {"weight_map": {"model.norm.weight": name}}
+    (inside / "model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(qj.QloraError, match="refusing"):
+        SafetensorsFolder(inside)
+
+
+@fuzzed
+@given(where=paths, value=strange)
+def test_configurations(where, value, folder, tmp_path):
+    config = json.loads((folder / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(change_at(config, where[:1], value)))
+    shutil.copy(folder / "model.safetensors", tmp_path)
+    harmless(lambda: load(tmp_path), (tmp_path / "model.safetensors").stat().st_size)
+
+
+@fuzzed
+@given(data=st.data())
+def test_gguf_bytes(data, gguf_file, tmp_path):
+    """Lengths, types and offsets anywhere in the header replaced by strange ones; cut files."""
+    whole = bytearray(gguf_file.read_bytes())
+    for _ in range(data.draw(st.integers(1, 3))):
+        at = data.draw(st.one_of(st.integers(0, 1200), st.integers(0, 12_000)))
+        value = data.draw(numbers) % 2**64
+        form = data.draw(st.sampled_from(["<Q", "<I", "<B"]))
+        struct.pack_into(form, whole, at, value % 2 ** (8 * struct.calcsize(form)))
+    cut = data.draw(st.one_of(st.none(), st.none(), st.integers(0, len(whole))))
+    path = tmp_path / "m.gguf"
+    path.write_bytes(whole[:cut])
+    harmless(lambda: load(path), len(whole))
+
+
+def test_an_array_longer_than_the_file(gguf_file, tmp_path):
+    """The gguf package alone would count to 2^60."""
+    whole = bytearray(gguf_file.read_bytes())
+    key = whole.index(b"tokenizer.ggml.token_type") + len(b"tokenizer.ggml.token_type")
+    struct.pack_into("<Q", whole, key + 8, 2**60)
+    (tmp_path / "m.gguf").write_bytes(whole)
+    with pytest.raises(qj.QloraError, match=f"an array of {2**60} numbers"):
+        qj.load(tmp_path / "m.gguf")
+
+
+@pytest.fixture(scope="module")
+def adapter(folder: Path) -> tuple[qj.Model, Path]:
+    model = load(folder)
+    import jax
+
+    config = qj.LoraConfig(rank=2, targets=("q_proj", "up_proj"))
+    qj.peft.save(folder.parent / "adapter", qj.lora.init(jax.random.key(0), model.params, config),
+                 model, config)  # fmt: skip
+    return model, folder.parent / "adapter"
+
+
+@fuzzed
+@given(where=paths, value=strange)
+def test_adapter_configurations(where, value, adapter, tmp_path):
+    model, folder = adapter
+    about = json.loads((folder / "adapter_config.json").read_text())
+    (tmp_path / "adapter_config.json").write_text(json.dumps(change_at(about, where, value)))
+    shutil.copy(folder / "adapter_model.safetensors", tmp_path)
+    harmless(lambda: qj.peft.load(tmp_path, model), 10_000)
