@@ -4,17 +4,15 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import optax
 import peft
 import pytest
 import torch
-import transformers
 
 import qlora_jax as qj
-from qlora_jax.checkpoints.export import save_pretrained
-from tests.parity.test_transformers import inputs, logits, peer_logits, random_model
+from tests.parity.decoders import batch, four_bit, load_peer, logits, pair, peer_logits
+from tests.parity.test_transformers import peer_config
 
 pytestmark = pytest.mark.standard_promotion
 
@@ -29,18 +27,8 @@ CONFIGS = {
 }
 
 
-def base(folder: Path, variant: str) -> tuple[qj.Model, Any]:
-    """Our 4-bit model, and the very same weights dense in transformers."""
-    random_model(variant).save_pretrained(folder / "base")
-    model = qj.load(folder / "base", quantization=qj.NF4())
-    save_pretrained(folder / "dense", model, dtype=jnp.float32)
-    return model, load_peer(folder)
-
-
-def load_peer(folder: Path) -> Any:
-    return transformers.AutoModelForCausalLM.from_pretrained(
-        folder / "dense", dtype=torch.float32, attn_implementation="eager"
-    )
+def base(variant: str, tmp_path: Path) -> tuple[qj.Model, Path]:
+    return four_bit(pair(peer_config(variant), tmp_path / "base").folder, tmp_path)
 
 
 @pytest.mark.parametrize("name", CONFIGS)
@@ -50,19 +38,19 @@ def test_ours_loaded_by_peft(variant, name, tmp_path):
     config = CONFIGS[name]
     if variant == "smollm2" and name == "in full":
         config = qj.LoraConfig(rank=4, alpha=8, modules_to_save=("norm", "embed_tokens"))
-    model, peer = base(tmp_path, variant)
+    model, dense = base(variant, tmp_path)
     adapters = qj.lora.init(jax.random.key(0), model.params, config)
     optimizer = optax.adamw(3e-2)
     state = qj.TrainState.create(adapters, optimizer)
     step = qj.make_train_step(model.loss, optimizer)
-    ids, mask = inputs("none")
+    given = batch("whole")
     for _ in range(4):
-        state, _ = step(state, model.params, {"input_ids": ids, "labels": ids})
+        state, _ = step(state, model.params, {"input_ids": given.ids, "labels": given.ids})
     qj.peft.save(tmp_path / "adapter", state.adapters, model, config)
-    loaded = peft.PeftModel.from_pretrained(peer, tmp_path / "adapter").eval()
-    ours = logits(model, qj.lora.attach(model.params, state.adapters), ids, mask)
-    assert np.abs(ours - logits(model, model.params, ids, mask)).max() > 0.1
-    np.testing.assert_allclose(ours, peer_logits(loaded, ids, mask), rtol=0, atol=1e-4)
+    loaded = peft.PeftModel.from_pretrained(load_peer(dense), tmp_path / "adapter").eval()
+    ours = logits(model, qj.lora.attach(model.params, state.adapters), given)
+    assert np.abs(ours - logits(model, model.params, given)).max() > 0.1
+    np.testing.assert_allclose(ours, peer_logits(loaded, given), rtol=0, atol=1e-4)
 
 
 def peft_config(name: str) -> peft.LoraConfig:
@@ -88,21 +76,21 @@ def peft_config(name: str) -> peft.LoraConfig:
 
 @pytest.mark.parametrize("name", ["all linear", "rslora", "some layers", "in full", "embedding"])
 def test_pefts_loaded_here(name, tmp_path):
-    model, peer = base(tmp_path, "llama 3")
+    model, dense = base("llama 3", tmp_path)
     torch.manual_seed(1)
-    trained = peft.get_peft_model(peer, peft_config(name)).eval()
+    trained = peft.get_peft_model(load_peer(dense), peft_config(name)).eval()
     with torch.no_grad():
         for parameter in trained.parameters():
             if parameter.requires_grad:
                 parameter.add_(0.1 * torch.randn_like(parameter))
     trained.save_pretrained(tmp_path / "adapter", save_embedding_layers=False)
     adapters, _ = qj.peft.load(tmp_path / "adapter", model)
-    ids, mask = inputs("left")
-    ours = logits(model, qj.lora.attach(model.params, adapters), ids, mask)
-    real = mask.astype(bool)
-    assert np.abs(ours - logits(model, model.params, ids, mask)).max() > 0.1
-    np.testing.assert_allclose(ours[real], peer_logits(trained, ids, mask)[real], rtol=0, atol=1e-4)
+    given = batch("left")
+    ours = logits(model, qj.lora.attach(model.params, adapters), given)
+    real = given.real
+    assert np.abs(ours - logits(model, model.params, given)).max() > 0.1
+    np.testing.assert_allclose(ours[real], peer_logits(trained, given)[real], rtol=0, atol=1e-4)
     # And back: what we write of it, PEFT reads.
     qj.peft.save(tmp_path / "again", adapters, model)
-    again = peft.PeftModel.from_pretrained(load_peer(tmp_path), tmp_path / "again").eval()
-    np.testing.assert_allclose(ours[real], peer_logits(again, ids, mask)[real], rtol=0, atol=1e-4)
+    again = peft.PeftModel.from_pretrained(load_peer(dense), tmp_path / "again").eval()
+    np.testing.assert_allclose(ours[real], peer_logits(again, given)[real], rtol=0, atol=1e-4)
