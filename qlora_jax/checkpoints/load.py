@@ -9,16 +9,18 @@ import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
-from qlora_jax.checkpoints import quantized, tokenizer
+from qlora_jax.checkpoints import bitsandbytes, quantized, tokenizer
+from qlora_jax.checkpoints.bitsandbytes import BitsandbytesFolder
 from qlora_jax.checkpoints.gguf import GGUFFile
 from qlora_jax.checkpoints.hub import download
 from qlora_jax.checkpoints.model import Model
 from qlora_jax.checkpoints.names import Parameter, parameters
 from qlora_jax.checkpoints.tensors import SafetensorsFolder, Tensors, fault_of, read_json
+from qlora_jax.checkpoints.torch_files import TorchFolder
 from qlora_jax.errors import QloraError
 from qlora_jax.models import read_config
 from qlora_jax.models.typed import entry
-from qlora_jax.quant import Policy, QuantConfig, quantize
+from qlora_jax.quant import Policy, QuantConfig, QuantizedArray, quantize
 
 
 def load(
@@ -30,10 +32,11 @@ def load(
 ) -> Model:
     """A model of one of `models.FAMILIES`, its linear weights in 4 bits.
 
-    source        a folder with config.json and safetensors, a .gguf file, a folder that
-                  `save_quantized` wrote, or the name of a model on the Hugging Face hub
-    quantization  NF4() or FP4(); None: nothing is quantized here. A folder of `save_quantized`
-                  stays in the format that it is in, and any other is refused
+    source        a folder with config.json and safetensors (dense, or in 4 bits by bitsandbytes)
+                  or .bin files, a .gguf file, a folder that `save_quantized` wrote, or the name of
+                  a model on the Hugging Face hub
+    quantization  NF4() or FP4(); None: nothing is quantized here. What is in 4 bits already stays
+                  in the format that it is in, and any other is refused
     dtype         of the computation, and what weights that stay dense are cast to: by default
                   fp32 on CPU, bf16 elsewhere; norms stay fp32
     policy        which weights are quantized: by default every linear kernel but the output head
@@ -51,12 +54,15 @@ def load(
         config = file.config
         read_tokenizer = functools.partial(tokenizer.from_gguf, file)
     else:
-        config = _read_config(path)
+        config, already = _read_config(path)
         read_tokenizer = functools.partial(tokenizer.from_folder, path)
         if quantized.is_quantized_folder(path):
             params = quantized.load_params(path, config, quantization, dtype)
             return Model(config, params, read_tokenizer(), str(source), dtype)
-        tensors = SafetensorsFolder(path)
+        tensors = _open_folder(path, config, already)
+    if isinstance(tensors, BitsandbytesFolder):
+        tensors.check(quantization, policy)
+        quantization = None
     _check(config, tensors)
     tokens = read_tokenizer()
     choose = policy or Policy()
@@ -88,15 +94,28 @@ def _locate(source: str | Path) -> Path:
     return download(str(source))
 
 
-def _read_config(folder: Path) -> Any:
+def _read_config(folder: Path) -> tuple[Any, Mapping[str, Any] | None]:
+    """The configuration, and how the weights are quantized already, if they are."""
     try:
         about = read_json(folder / "config.json")
-        if already := entry(about, "quantization_config", Mapping):
-            method = already.get("quant_method")
-            raise QloraError(f"the checkpoint is already quantized ({method}); give a dense one")
-        return read_config(about)
+        already = entry(about, "quantization_config", Mapping)
+        if already and (method := already.get("quant_method")) != bitsandbytes.METHOD:
+            raise QloraError(
+                f"the checkpoint is already quantized ({method}); give a dense one, or one of "
+                "bitsandbytes in 4 bits"
+            )
+        return read_config(about), already
     except QloraError as error:
         raise QloraError(f"{folder}: {error}") from error
+
+
+def _open_folder(folder: Path, config: Any, already: Mapping[str, Any] | None) -> Tensors:
+    """Safetensors where there are any; what torch wrote needs torch, and is read all the same."""
+    if not any(folder.glob("*.safetensors*")) and any(folder.glob("pytorch_model*.bin*")):
+        if already:
+            raise QloraError(f"{folder}: 4-bit weights are read from safetensors only")
+        return TorchFolder(folder)
+    return BitsandbytesFolder(folder, config, already) if already else SafetensorsFolder(folder)
 
 
 def _check(config: Any, tensors: Tensors) -> None:
@@ -132,9 +151,10 @@ def _read(
 
     def one(layer: int) -> Any:
         name = tensors.name(parameter, layer)
-        x = _ours(
-            tensors.read(parameter, layer), parameter.transposed, None if quantization else kept
-        )
+        read = tensors.read(parameter, layer)
+        if isinstance(read, QuantizedArray):
+            return jax.tree.map(jnp.asarray, read)
+        x = _ours(read, parameter.transposed, None if quantization else kept)
         if quantization is not None:
             return quantize(x, quantization, name=name)
         if fault := fault_of(x):

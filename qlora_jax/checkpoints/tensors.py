@@ -1,8 +1,9 @@
 """Where tensors are read from, one at a time: a folder of safetensors."""
 
 import contextlib
+import dataclasses
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -12,6 +13,7 @@ import numpy as np
 
 from qlora_jax.checkpoints.names import Parameter
 from qlora_jax.errors import QloraError, missing
+from qlora_jax.quant import QuantizedArray
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
@@ -34,8 +36,11 @@ class Tensors(Protocol):
         """What this format calls one layer of a parameter."""
         ...
 
-    def read(self, parameter: Parameter, layer: int) -> np.ndarray:
-        """One layer of a parameter, axes and rows ordered as Hugging Face has them."""
+    def read(self, parameter: Parameter, layer: int) -> np.ndarray | QuantizedArray:
+        """One layer of a parameter, axes and rows ordered as Hugging Face has them.
+
+        Or, from files that hold it in 4 bits, these as they are, axes ordered as here.
+        """
         ...
 
     def ignorable(self, name: str) -> bool:
@@ -43,7 +48,18 @@ class Tensors(Protocol):
         ...
 
 
-class SafetensorsFolder:
+class HuggingFaceNames:
+    """What tensors are called in any file of Hugging Face's."""
+
+    def name(self, parameter: Parameter, layer: int) -> str:
+        return parameter.hf_name(layer)
+
+    def ignorable(self, name: str) -> bool:
+        # Old files hold the rotary frequencies; a tied head may be stored although it is tied.
+        return name.endswith("rotary_emb.inv_freq") or name == "lm_head.weight"
+
+
+class SafetensorsFolder(HuggingFaceNames):
     """model.safetensors, or the shards that model.safetensors.index.json lists.
 
     Raises QloraError if there is neither, if the index names a file outside the folder, one that is
@@ -55,15 +71,8 @@ class SafetensorsFolder:
         self._file_of: dict[str, Path] = {}
         self._shapes: dict[str, tuple[int, ...]] = {}
         self._types: dict[str, str] = {}
-        index = folder / INDEX
-        if index.is_file():
-            listed = _read_index(index)
-            files = sorted(set(listed.values()))
-        elif (folder / SINGLE).is_file():
-            listed, files = None, [folder / SINGLE]
-        else:
-            raise QloraError(f"{folder}: neither {SINGLE} nor {INDEX} is there{_pickles(folder)}")
-        for file in files:
+        files = list_files(folder, SINGLE, INDEX)
+        for file in files.present:
             with open_safetensors(file) as opened:
                 _refuse_doubles(file)
                 for name in opened.keys():  # noqa: SIM118 (no mapping)
@@ -73,9 +82,7 @@ class SafetensorsFolder:
                     header = opened.get_slice(name)
                     self._shapes[name] = tuple(header.get_shape())
                     self._types[name] = header.get_dtype()
-        lost = [n for n, file in (listed or {}).items() if self._file_of.get(n) != file]
-        if lost:
-            raise QloraError(f"{index}: not in the files it names: {', '.join(sorted(lost))}")
+        files.check(self._file_of)
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
         return self._shapes
@@ -84,18 +91,11 @@ class SafetensorsFolder:
         # F64, F32, F16, BF16, F8_E4M3, ...; the others are I64, U8, BOOL and the like.
         return {n: kind for n, kind in self._types.items() if not kind.startswith(("F", "BF"))}
 
-    def name(self, parameter: Parameter, layer: int) -> str:
-        return parameter.hf_name(layer)
-
     def read(self, parameter: Parameter, layer: int) -> np.ndarray:
         name = parameter.hf_name(layer)
         # Opened for each tensor, since an open file keeps every page that was read mapped.
         with open_safetensors(self._file_of[name]) as opened:
             return opened.get_tensor(name)
-
-    def ignorable(self, name: str) -> bool:
-        # Old files hold the rotary frequencies; a tied head may be stored although it is tied.
-        return name.endswith("rotary_emb.inv_freq") or name == "lm_head.weight"
 
 
 @contextlib.contextmanager
@@ -112,6 +112,31 @@ def open_safetensors(file: Path) -> Iterator[Any]:
         raise QloraError(
             f"{file}: cannot be read as safetensors ({error}); incomplete download?"
         ) from error
+
+
+@dataclasses.dataclass(frozen=True)
+class Files:
+    """The files of a checkpoint, and which tensor its index expects in which of them."""
+
+    index: Path
+    present: list[Path]
+    listed: dict[str, Path]
+
+    def check(self, found: Mapping[str, Path]) -> None:
+        """Raises QloraError unless tensors were found where the index says that they are."""
+        lost = [name for name, file in self.listed.items() if found.get(name) != file]
+        if lost:
+            raise QloraError(f"{self.index}: not in the files it names: {', '.join(sorted(lost))}")
+
+
+def list_files(folder: Path, single: str, index: str) -> Files:
+    """The shards that `index` lists, or `single` alone; QloraError if there is neither."""
+    if (folder / index).is_file():
+        listed = _read_index(folder / index)
+        return Files(folder / index, sorted(set(listed.values())), listed)
+    if not (folder / single).is_file():
+        raise QloraError(f"{folder}: neither {single} nor {index} is there")
+    return Files(folder / index, [folder / single], {})
 
 
 def _read_index(index: Path) -> dict[str, Path]:
@@ -180,9 +205,3 @@ def fault_of(x: Any) -> str | None:
 @jax.jit
 def _count_not_finite(x: jax.Array) -> jax.Array:
     return jnp.sum(~jnp.isfinite(x))
-
-
-def _pickles(folder: Path) -> str:
-    if not any(folder.glob("*.bin")):
-        return ""
-    return "; the .bin files there are pickles, which are not read: convert them to safetensors"

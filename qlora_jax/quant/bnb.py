@@ -6,8 +6,10 @@ from typing import Any
 import numpy as np
 
 from qlora_jax.errors import QloraError
+from qlora_jax.quant import codebooks
 from qlora_jax.quant.array import QuantizedArray
-from qlora_jax.quant.config import CodebookName
+from qlora_jax.quant.blockwise import NESTED_BLOCK
+from qlora_jax.quant.config import CodebookName, levels
 
 
 def to_bitsandbytes(w: QuantizedArray) -> dict[str, np.ndarray]:
@@ -48,10 +50,7 @@ def from_bitsandbytes(
         )
     flat = tensors["packed"].reshape(-1)
     if flat.size * 2 != n * k or tensors["absmax"].size * block_size != n * k:
-        raise QloraError(
-            f"{flat.size} packed bytes and {tensors['absmax'].size} scales of {block_size} "
-            f"do not make a weight of shape {shape}"
-        )
+        raise _does_not_fit(flat.size, tensors["absmax"].size, shape, block_size)
     codes = np.stack([flat >> 4, flat & 15], axis=-1).reshape(n, k).T
     halves = codes.reshape(k // block_size, 2, block_size // 2, n)
     packed = (halves[:, 0] | halves[:, 1] << 4).reshape(k // 2, n)
@@ -65,4 +64,37 @@ def from_bitsandbytes(
         dtype=np.dtype(dtype),
         codebook=codebook,
         block_size=block_size,
+    )
+
+
+def dense_from_bitsandbytes(
+    tensors: dict[str, np.ndarray],
+    shape: tuple[int, int],
+    codebook: CodebookName,
+    block_size: int,
+    dtype: Any,
+) -> np.ndarray:
+    """The numbers that such tensors stand for, [N, K] of `dtype`, by bitsandbytes' roundings.
+
+    For what our arrays cannot hold: where K is no multiple of the block, blocks run from one row of
+    the PyTorch weight on into the next.
+    """
+    n, k = shape
+    flat = tensors["packed"].reshape(-1)
+    blocks = -(-n * k // block_size)
+    if flat.size != -(-n * k // 2) or tensors["absmax"].size != blocks:
+        raise _does_not_fit(flat.size, tensors["absmax"].size, shape, block_size)
+    codes = np.stack([flat >> 4, flat & 15], axis=-1).reshape(-1)[: n * k]
+    absmax = tensors["absmax"]
+    if "nested_absmax" in tensors:
+        nested = np.repeat(tensors["nested_absmax"], NESTED_BLOCK)[:blocks]
+        absmax = codebooks.dynamic_8bit()[absmax] * nested + tensors["nested_offset"]
+    spread = np.repeat(absmax, block_size)[: n * k]
+    return (levels(codebook)[codes] * spread).astype(dtype).reshape(n, k)
+
+
+def _does_not_fit(packed: int, scales: int, shape: tuple[int, int], block_size: int) -> QloraError:
+    return QloraError(
+        f"{packed} packed bytes and {scales} scales of {block_size} do not make a weight of "
+        f"shape {shape}"
     )

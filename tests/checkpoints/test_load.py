@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import shutil
+import sys
 from pathlib import Path
 
 import jax
@@ -12,7 +13,7 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 import qlora_jax as qj
-from qlora_jax.checkpoints import export, hub
+from qlora_jax.checkpoints import export, hub, shards
 from qlora_jax.checkpoints.quantized import save_quantized
 from qlora_jax.lora.adapters import named_leaves
 from tests import tiny
@@ -251,9 +252,12 @@ def test_sources_that_are_not_there(tmp_path):
         qj.load(tmp_path / "weights.bin")
 
 
-def test_pickles_are_not_read(copy):
-    (copy / "model.safetensors").rename(copy / "pytorch_model.bin")
-    with pytest.raises(qj.QloraError, match="pickles"):
+def test_what_torch_wrote_needs_torch(copy, monkeypatch):
+    monkeypatch.setitem(sys.modules, "torch", None)  # which import then does not find
+    (copy / "pytorch_model.bin").write_bytes(b"never opened, since safetensors are there")
+    assert qj.load(copy).params
+    (copy / "model.safetensors").unlink()
+    with pytest.raises(qj.QloraError, match=r"model\.bin needs .* torch: pip .*qlora-jax\[torch\]"):
         qj.load(copy)
 
 
@@ -358,7 +362,7 @@ def test_export_is_the_inverse_of_import(folder, tmp_path, monkeypatch):
     stored, again = (load_file(f / "model.safetensors") for f in (folder, tmp_path / "one"))
     assert stored.keys() == again.keys()
     assert all((stored[name] == again[name]).all() for name in stored)
-    monkeypatch.setattr(export, "SHARD_BYTES", 100_000)
+    monkeypatch.setattr(shards, "SHARD_BYTES", 100_000)
     export.save_pretrained(tmp_path / "many", model, dtype=jnp.float32)
     assert len(list((tmp_path / "many").glob("*.safetensors"))) > 2
     assert same(qj.load(tmp_path / "many").params, model.params)
