@@ -91,17 +91,7 @@ class GGUFFile:
     def read(self, parameter: Parameter, layer: int) -> np.ndarray:
         tensor = self._tensors[parameter.gguf_name(layer)]
         values = self._dequantize(tensor.data, tensor.tensor_type)
-        values = values.reshape(parameter.file_shape)
-        heads = {
-            "q_proj": self.config.num_attention_heads,
-            "k_proj": self.config.num_key_value_heads,
-        }.get(parameter.path.split("/")[-2])
-        # The files of this one architecture pair neighbouring rows for the rotation, where Hugging
-        # Face pairs the two halves of a head.
-        if heads is None or self.architecture != "llama":
-            return values
-        pairs = values.reshape(heads, -1, 2, *values.shape[1:])
-        return np.ascontiguousarray(np.swapaxes(pairs, 1, 2)).reshape(values.shape)
+        return rows_from_gguf(values.reshape(parameter.file_shape), self.config, parameter)
 
     def ignorable(self, name: str) -> bool:
         return name == ROPE_FACTORS
@@ -213,6 +203,34 @@ class GGUFFile:
         if divisors.shape != plain.shape or not np.allclose(plain / divisors, scaled, rtol=1e-4):
             raise QloraError(f"{self.source}: {ROPE_FACTORS} is not Llama 3's rope scaling")
         return {"rope_type": "llama3", **settings}
+
+
+def rows_from_gguf(x: np.ndarray, config: LlamaConfig, parameter: Parameter) -> np.ndarray:
+    """One tensor of a file with its rows in the order of Hugging Face."""
+    if not (heads := _rotated_heads(config, parameter)):
+        return x
+    pairs = x.reshape(heads, -1, 2, *x.shape[1:])
+    return np.ascontiguousarray(np.swapaxes(pairs, 1, 2)).reshape(x.shape)
+
+
+def rows_for_gguf(x: np.ndarray, config: LlamaConfig, parameter: Parameter) -> np.ndarray:
+    """The inverse of `rows_from_gguf`."""
+    if not (heads := _rotated_heads(config, parameter)):
+        return x
+    halves = x.reshape(heads, 2, -1, *x.shape[1:])
+    return np.ascontiguousarray(np.swapaxes(halves, 1, 2)).reshape(x.shape)
+
+
+def _rotated_heads(config: LlamaConfig, parameter: Parameter) -> int:
+    """How many heads the rows are of, if they are ordered otherwise than with Hugging Face, or 0.
+
+    Files of the architecture llama pair neighbouring rows for the rotation, where Hugging Face
+    pairs the two halves of a head.
+    """
+    if config.model_type not in ("llama", "mistral"):
+        return 0
+    heads = {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads}
+    return heads.get(parameter.path.split("/")[-2], 0)
 
 
 def _shortest(x: float) -> float:

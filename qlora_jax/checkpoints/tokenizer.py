@@ -1,7 +1,7 @@
 """Tokenizers: those of Hugging Face folders, and those inside GGUF files."""
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +16,12 @@ _LLAMA3 = (
     r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
 _QWEN2 = _LLAMA3.replace(r"\p{N}{1,3}", r"\p{N}")
-_SPLITS = {"llama-bpe": _LLAMA3, "llama3": _LLAMA3, "llama-v3": _LLAMA3, "qwen2": _QWEN2}
+SPLITS = {"llama-bpe": _LLAMA3, "llama3": _LLAMA3, "llama-v3": _LLAMA3, "qwen2": _QWEN2}
+WHOLE_WORDS = ("llama-bpe", "llama3", "llama-v3")
+"""Whose words that are tokens as they stand are taken whole (Llama 3's rule)."""
 
 # Types of tokens in GGUF: control tokens such as <s>, and tokens that the user added.
-_CONTROL, _USER_DEFINED = 3, 4
+CONTROL, USER_DEFINED = 3, 4
 
 
 def from_folder(folder: Path) -> Any:
@@ -83,32 +85,29 @@ def _read_from(source: str) -> Iterator[None]:
 
 def _byte_level(file: GGUFFile) -> Any:
     """Byte-level BPE, as GPT-2 introduced it."""
-    from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
+    from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
 
     merges = [tuple(m.split(" ")) for m in file.field("tokenizer.ggml.merges", [])]
-    tokenizer = Tokenizer(models.BPE(_vocabulary(file), merges, ignore_merges=_whole_words(file)))
+    pre = file.field("tokenizer.ggml.pre", "default")
+    tokenizer = Tokenizer(models.BPE(_vocabulary(file), merges, ignore_merges=pre in WHOLE_WORDS))
     bytes_of = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     words_of = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    pre = file.field("tokenizer.ggml.pre", "default")
     if pre in ("default", "gpt-2"):
         steps: list[Any] = [words_of]
     elif pre in ("smollm", "starcoder", "refact"):
         steps = [pre_tokenizers.Digits(individual_digits=True), words_of]
-    elif pre in _SPLITS:
-        steps = [pre_tokenizers.Split(Regex(_SPLITS[pre]), "isolated"), bytes_of]
+    elif pre in SPLITS:
+        steps = [pre_tokenizers.Split(Regex(SPLITS[pre]), "isolated"), bytes_of]
     else:
         raise QloraError(
             f"{file.source}: text is cut for this tokenizer by {pre!r}, not known here"
         )
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(steps)
+    if pre == "qwen2":
+        tokenizer.normalizer = normalizers.NFC()  # which the format has no entry for
     tokenizer.decoder = decoders.ByteLevel()
     _add_special(tokenizer, file)
-    return _with_bos(tokenizer, file, default=pre in ("llama-bpe", "llama3", "llama-v3"))
-
-
-def _whole_words(file: GGUFFile) -> bool:
-    """Whether a word that is a token as it stands is taken whole (Llama 3's rule)."""
-    return file.field("tokenizer.ggml.pre") in ("llama-bpe", "llama3", "llama-v3")
+    return _with_bos(tokenizer, file, default=pre in WHOLE_WORDS)
 
 
 def _sentence_piece(file: GGUFFile) -> Any:
@@ -117,18 +116,11 @@ def _sentence_piece(file: GGUFFile) -> Any:
 
     vocabulary = _vocabulary(file)
     scores = dict(zip(vocabulary, file.field("tokenizer.ggml.scores"), strict=True))
-    merges = []
-    for token in vocabulary:
-        halves = [(token[:i], token[i:]) for i in range(1, len(token))]
-        halves = [(a, b) for a, b in halves if a in vocabulary and b in vocabulary]
-        halves.sort(key=lambda pair: (vocabulary[pair[0]], vocabulary[pair[1]]))
-        merges += [(scores[token], pair) for pair in halves]
-    merges.sort(key=lambda entry: -entry[0])
     unknown = file.field("tokenizer.ggml.tokens")[file.field("tokenizer.ggml.unknown_token_id", 0)]
     tokenizer = Tokenizer(
         models.BPE(
             vocabulary,
-            [pair for _, pair in merges],
+            sentence_piece_merges(vocabulary, scores),
             unk_token=unknown,
             fuse_unk=True,
             byte_fallback=True,
@@ -145,6 +137,20 @@ def _sentence_piece(file: GGUFFile) -> Any:
     return _with_bos(tokenizer, file, default=True)
 
 
+def sentence_piece_merges(
+    vocabulary: Mapping[str, int], scores: Mapping[str, float]
+) -> list[tuple[str, str]]:
+    """The merges, first to last, that do what scores say: every way to put a token together."""
+    merges = []
+    for token in vocabulary:
+        halves = [(token[:i], token[i:]) for i in range(1, len(token))]
+        halves = [(a, b) for a, b in halves if a in vocabulary and b in vocabulary]
+        halves.sort(key=lambda pair: (vocabulary[pair[0]], vocabulary[pair[1]]))
+        merges += [(scores[token], pair) for pair in halves]
+    merges.sort(key=lambda entry: -entry[0])
+    return [pair for _, pair in merges]
+
+
 def _vocabulary(file: GGUFFile) -> dict[str, int]:
     return {token: number for number, token in enumerate(file.field("tokenizer.ggml.tokens"))}
 
@@ -155,9 +161,9 @@ def _add_special(tokenizer: Any, file: GGUFFile) -> None:
     tokens = file.field("tokenizer.ggml.tokens")
     types = file.field("tokenizer.ggml.token_type", [])
     for token, kind in zip(tokens, types, strict=False):
-        if kind in (_CONTROL, _USER_DEFINED):
-            added = AddedToken(token, normalized=False, special=kind == _CONTROL)
-            tokenizer.add_special_tokens([added]) if kind == _CONTROL else tokenizer.add_tokens(
+        if kind in (CONTROL, USER_DEFINED):
+            added = AddedToken(token, normalized=False, special=kind == CONTROL)
+            tokenizer.add_special_tokens([added]) if kind == CONTROL else tokenizer.add_tokens(
                 [added]
             )
 

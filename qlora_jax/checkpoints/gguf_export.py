@@ -1,0 +1,94 @@
+"""A model of the Llama family as one GGUF file, for llama.cpp and what is built on it."""
+
+import math
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import jax.numpy as jnp
+import numpy as np
+
+from qlora_jax.checkpoints.export import dense, layers_of
+from qlora_jax.checkpoints.folder import new_file
+from qlora_jax.checkpoints.gguf import ROPE_FACTORS, rows_for_gguf
+from qlora_jax.checkpoints.gguf_metadata import (
+    ARCHITECTURES,
+    add_config,
+    describable,
+    rope_divisors,
+)
+from qlora_jax.checkpoints.gguf_tokenizer import add_tokenizer
+from qlora_jax.checkpoints.model import Model
+from qlora_jax.checkpoints.names import Parameter, parameters
+from qlora_jax.errors import QloraError, missing
+
+Kind = Literal["f32", "f16", "bf16", "q8_0"]
+# What numbers are rounded to; the gguf package takes those of Q8_0 from fp32 to 8 bits.
+_DTYPES = {"F32": jnp.float32, "F16": jnp.float16, "BF16": jnp.bfloat16, "Q8_0": jnp.float32}
+
+
+def save_gguf(path: str | Path, model: Model, params: Any = None, *, kind: Kind = "f16") -> None:
+    """The GGUF file of `model`: its configuration, its tokenizer, and its weights, none in 4 bits.
+
+    params: the tree to write, `model.params` by default; adapters attached by `lora.attach` are
+    merged on the way, W + scaling * A B summed in fp32 and rounded once. kind: how matrices are
+    stored ("q8_0": 8 bits in blocks of 32; F16 where rows are no multiple of that); vectors are
+    F32. One tensor at a time is in memory, and a file that is there is replaced when all is
+    written. Raises QloraError for a model or a tokenizer that GGUF cannot describe, and for weights
+    that are not finite in `kind`.
+    """
+    try:
+        import gguf
+    except ModuleNotFoundError as error:
+        raise missing("gguf", f"writing {path}", "hf") from error
+    if kind not in get_args(Kind):
+        raise QloraError(f"kind is {kind!r}; expected one of {', '.join(get_args(Kind))}")
+    config = describable(model.config)
+    divisors = rope_divisors(config)
+    with new_file(Path(path)) as part:
+        writer = gguf.GGUFWriter(part, ARCHITECTURES[config.model_type])
+        try:
+            writer.add_file_type(_file_type(gguf, kind))
+            if kind == "q8_0":
+                writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
+            add_config(writer, config)
+            add_tokenizer(writer, model.tokenizer, config)
+            if divisors is not None:
+                writer.add_tensor_info(
+                    ROPE_FACTORS, divisors.shape, divisors.dtype, divisors.nbytes
+                )
+            for parameter in parameters(config):
+                stored = gguf.GGMLQuantizationType[_stored_as(parameter, kind)]
+                per_block, block_bytes = gguf.GGML_QUANT_SIZES[stored]
+                shape = parameter.file_shape
+                nbytes = math.prod(shape) // per_block * block_bytes
+                for layer in range(parameter.layers):
+                    name = parameter.gguf_name(layer)
+                    writer.add_tensor_info(name, shape, np.dtype(np.float32), nbytes, stored)
+            writer.write_header_to_file()
+            writer.write_kv_data_to_file()
+            writer.write_ti_data_to_file()
+            if divisors is not None:
+                writer.write_tensor_data(divisors)
+            for parameter, layer, x in layers_of(model, params):
+                stored = _stored_as(parameter, kind)
+                values = dense(parameter, layer, x, _DTYPES[stored]).astype(np.float32)
+                values = rows_for_gguf(values, config, parameter)
+                data = gguf.quants.quantize(values, gguf.GGMLQuantizationType[stored])
+                writer.write_tensor_data(data)
+        finally:
+            writer.close()
+
+
+def _stored_as(parameter: Parameter, kind: Kind) -> str:
+    """GGUF's type of a parameter."""
+    if len(parameter.file_shape) == 1:
+        return "F32"
+    if kind == "q8_0" and parameter.file_shape[-1] % 32:
+        return "F16"
+    return kind.upper()
+
+
+def _file_type(gguf: Any, kind: Kind) -> int:
+    """What the matrices are, for the record."""
+    all_or_most = "ALL" if kind == "f32" else "MOSTLY"
+    return gguf.LlamaFileType[f"{all_or_most}_{kind.upper()}"]
