@@ -16,6 +16,7 @@ import numpy as np
 from qlora_jax.checkpoints.folder import new_file
 from qlora_jax.checkpoints.model import Model
 from qlora_jax.checkpoints.names import Parameter, parameters
+from qlora_jax.checkpoints.peft_experts import setting, split_experts
 from qlora_jax.checkpoints.tensors import fault_of, open_safetensors, read_json
 from qlora_jax.errors import QloraError, missing
 from qlora_jax.lora import Adapters, LoraConfig, LoraWeights
@@ -34,7 +35,6 @@ _UNSUPPORTED = {
     "lora_bias": False,
     "fan_in_fan_out": False,
     "layer_replication": None,
-    "target_parameters": None,
     "trainable_token_indices": None,
     "alora_invocation_tokens": None,
     "use_bdlora": None,
@@ -200,7 +200,8 @@ def _number(x: float) -> float:
 def load(folder: str | Path, model: Model) -> tuple[Adapters, LoraConfig]:
     """(adapters, configuration) of a PEFT LoRA in `folder`, to be attached to `model.params`.
 
-    Ranks that differ among the layers are padded with zeros, which stay zero in training. Raises
+    Ranks that differ among the layers are padded with zeros, which stay zero in training. Experts
+    may have an adapter each or, by PEFT's target_parameters, one for all of a layer. Raises
     QloraError for what is no LoRA, for a variant that is not supported, and, listing them all, for
     tensors that do not fit the model, are not finite, or are not those that adapter_config.json
     names (target_modules, layers_to_transform, modules_to_save).
@@ -218,6 +219,12 @@ def load(folder: str | Path, model: Model) -> tuple[Adapters, LoraConfig]:
         for name, x in _tied_head(tensors).items():
             if name in tensors and np.array_equal(tensors[name], x):
                 del tensors[name]
+    if _texts(about, "target_parameters"):
+        table = {parameter.path: parameter for parameter in parameters(model.config)}
+        try:
+            tensors, about = split_experts(tensors, about, table)
+        except QloraError as error:
+            raise QloraError(f"{folder}: {error}") from error
     reading = _Reading(about, model)
     for name, x in sorted(tensors.items()):
         reading.take(name.removeprefix(_PREFIX), x)
@@ -257,9 +264,10 @@ def _check_types(about: Mapping[str, Any]) -> None:
     for name, rank in {"r": about["r"], **(about.get("rank_pattern") or {})}.items():
         if rank < 1:
             raise QloraError(f"the rank {name} is {rank}, expected at least 1")
-    if about.get("target_modules") is None:
+    if about.get("target_modules") is None and not about.get("target_parameters"):
         raise QloraError("target_modules is missing; expected a list of names, or a pattern")
-    for key in ("target_modules", "exclude_modules", "modules_to_save", "layers_pattern"):
+    names = ("target_modules", "exclude_modules", "modules_to_save", "layers_pattern")
+    for key in (*names, "target_parameters"):
         for name in _texts(about, key):
             re.compile(name)
     layers = about.get("layers_to_transform")
@@ -383,7 +391,7 @@ class _Reading:
                 self.faults.append(f"{module}: has {'/'.join(sorted(factors))}, needs both A and B")
                 continue
             a, b = factors["A"].shape, factors["B"].shape
-            rank = self._setting("r", "rank_pattern", module)
+            rank = setting(self.about, "r", module)
             if a != (rank, k) or b != (n, rank):
                 self.faults.append(
                     f"{module}: A {a} and B {b}, expected {(rank, k)} and {(n, rank)}"
@@ -404,7 +412,7 @@ class _Reading:
             rank = ranks[layer]
             a[layer, :, :rank] = factors["A"].astype(np.float32).T
             b[layer, :rank] = factors["B"].astype(np.float32).T
-            alpha = self._setting("lora_alpha", "alpha_pattern", parameter.module(layer))
+            alpha = setting(self.about, "lora_alpha", parameter.module(layer))
             root = math.sqrt(rank) if self.about.get("use_rslora") else rank
             scaling[layer] = float(alpha) / root
         same = scaling[0] if len(set(scaling)) == 1 else tuple(scaling)
@@ -438,13 +446,6 @@ class _Reading:
     def _head_apart(self) -> bool:
         tied = self.model.config.tie_word_embeddings
         return tied and not self.about.get("ensure_weight_tying")
-
-    def _setting(self, key: str, patterns: str, module: str) -> Any:
-        """PEFT's rule: the first pattern that matches the end of the name, else the default."""
-        for pattern, value in (self.about.get(patterns) or {}).items():
-            if re.match(rf"(.*\.)?({pattern})$", module):
-                return value
-        return self.about[key]
 
     def config(self) -> LoraConfig:
         """The configuration by which `lora.init` would make such adapters."""

@@ -97,7 +97,9 @@ def attach(
         if not isinstance(adapter, LoraWeights):
             return adapter
         batch = leaf.shape[: adapter.a.ndim + adapter.b.ndim - 2 - leaf.ndim]
-        scaling = jnp.broadcast_to(jnp.asarray(adapter.scaling, jnp.float32), batch)
+        scaling = jnp.asarray(adapter.scaling, jnp.float32)
+        each = isinstance(adapter.scaling, tuple)
+        scaling = scaling.reshape(batch) if each else jnp.broadcast_to(scaling, batch)
         keys = None
         if dropout and key is not None:
             keys = _key_for(key, name)
@@ -146,7 +148,7 @@ def _misfit(path: str, leaf: Any, adapter: Any) -> str | None:
     if isinstance(leaf, QuantizedArray):
         fits = fits and batch == len(leaf.batch_shape) and a[batch:-1] == leaf.k_shape
     if isinstance(adapter.scaling, tuple):
-        fits = fits and (len(adapter.scaling),) == shape[:batch]
+        fits = fits and len(adapter.scaling) == math.prod(shape[:batch])
     return None if fits else f"{path}: A {a} and B {b} do not multiply to the parameter's {shape}"
 
 

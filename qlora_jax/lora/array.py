@@ -19,7 +19,8 @@ class LoraWeights:
 
     a        fp32 [..., *K axes, R]
     b        fp32 [..., R, *N axes]
-    scaling  factor on A B; one for each stacked weight if they differ (an imported adapter may)
+    scaling  factor on A B; if stacked weights differ (those of an imported adapter may), one for
+             each, in the order of their storage
     """
 
     a: Any

@@ -16,7 +16,7 @@ from flax import nnx
 from jax.typing import DTypeLike
 
 from qlora_jax.errors import QloraError
-from qlora_jax.models import llama
+from qlora_jax.models import llama, moe
 from qlora_jax.models.cache import Cache
 
 Params = Mapping[str, Any]
@@ -28,8 +28,9 @@ class Family:
 
     config     dataclass with from_hf(config.json) and to_hf()
     module     called as module(config, dtype=, param_dtype=, rngs=)
-    names      our module -> Hugging Face's, with {} for the number of the layer; the longest entry
-               that a parameter's path starts with counts, what follows it has the same names
+    names      our module -> Hugging Face's, with {} for the number of the layer (then of the
+               expert); the longest entry that a parameter's path starts with counts, what follows
+               it has the same names
     as_stored  last names of linear modules whose weight files hold as [in, out], not transposed
     """
 
@@ -45,6 +46,8 @@ FAMILIES: dict[str, Family] = {
     "mistral": _LLAMA,
     "qwen2": _LLAMA,
     "qwen3": _LLAMA,
+    "mixtral": Family(moe.MoeConfig, moe.Moe, moe.MIXTRAL_NAMES),
+    "qwen3_moe": Family(moe.MoeConfig, moe.Moe, moe.QWEN3_MOE_NAMES),
 }
 
 

@@ -1,0 +1,108 @@
+"""Mixtral and Qwen3-MoE beside transformers, and their adapters beside PEFT."""
+
+from typing import Any
+
+import pytest
+import transformers
+
+from tests.parity.decoders import (
+    SMALL,
+    check_adapters,
+    check_greedy,
+    check_logits_and_gradients,
+    pair,
+)
+
+pytestmark = pytest.mark.standard_promotion
+
+YARN = {
+    "rope_type": "yarn",
+    "rope_theta": 10000.0,
+    "factor": 4.0,
+    "original_max_position_embeddings": 32,
+}
+VARIANTS: dict[str, tuple[Any, dict[str, Any]]] = {
+    "mixtral": (
+        transformers.MixtralConfig,
+        {"intermediate_size": 96, "num_local_experts": 4, "num_experts_per_tok": 2},
+    ),
+    "mixtral, window": (
+        transformers.MixtralConfig,
+        {
+            "intermediate_size": 80,
+            "num_local_experts": 8,
+            "num_experts_per_tok": 3,
+            "sliding_window": 8,
+            "head_dim": 32,
+            "tie_word_embeddings": True,
+        },
+    ),
+    "mixtral, one expert": (
+        transformers.MixtralConfig,
+        {
+            "intermediate_size": 64,
+            "num_local_experts": 3,
+            "num_experts_per_tok": 1,
+            "num_key_value_heads": 4,
+            "head_dim": 16,
+            "rope_parameters": YARN,
+        },
+    ),
+    "qwen3": (
+        transformers.Qwen3MoeConfig,
+        {
+            "moe_intermediate_size": 48,
+            "num_experts": 8,
+            "num_experts_per_tok": 3,
+            "norm_topk_prob": True,
+            "head_dim": 32,
+        },
+    ),
+    "qwen3, not renormalized": (
+        transformers.Qwen3MoeConfig,
+        {
+            "moe_intermediate_size": 64,
+            "num_experts": 5,
+            "num_experts_per_tok": 2,
+            "norm_topk_prob": False,
+            "attention_bias": True,
+            "tie_word_embeddings": True,
+        },
+    ),
+    "qwen3, window": (
+        transformers.Qwen3MoeConfig,
+        {
+            "moe_intermediate_size": 32,
+            "num_experts": 6,
+            "num_experts_per_tok": 4,
+            "norm_topk_prob": True,
+            "use_sliding_window": True,
+            "sliding_window": 8,
+            "rope_parameters": YARN,
+        },
+    ),
+}
+FAMILIES = ("mixtral", "qwen3")
+
+
+def peer_config(variant: str) -> Any:
+    make, changes = VARIANTS[variant]
+    return make(**(SMALL | changes))
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_logits_and_gradients(variant, tmp_path):
+    check_logits_and_gradients(pair(peer_config(variant), tmp_path / "base"), tmp_path)
+
+
+@pytest.mark.parametrize("variant", FAMILIES)
+def test_greedy(variant, tmp_path):
+    check_greedy(pair(peer_config(variant), tmp_path))
+
+
+# PEFT looks for its own pattern of a fused parameter among modules first.
+@pytest.mark.filterwarnings("default:The following (rank|alpha)_pattern keys:RuntimeWarning")
+@pytest.mark.parametrize("variant", FAMILIES)
+def test_adapters(variant, tmp_path):
+    """Of every expert; PEFT reads an adapter for each, and writes one for all of a layer."""
+    check_adapters(pair(peer_config(variant), tmp_path / "base").folder, tmp_path)
