@@ -41,6 +41,11 @@ class Phi3Config(DecoderConfig):
         check_positive(self, ("intermediate_size",))
         self.rope.rotated(self.head_dim)
 
+    @property
+    def changes_at(self) -> int | None:
+        rope = self.rope
+        return rope.original_max_position_embeddings if rope.kind == "longrope" else None
+
     @classmethod
     def from_hf(cls, hf: Mapping[str, Any]) -> "Phi3Config":
         sizes = required(
