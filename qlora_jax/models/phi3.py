@@ -148,9 +148,7 @@ class Attention(nnx.Module):
         q, k, v = (part.reshape(*x.shape[:2], -1, self.head_dim) for part in parts)
         return rotate(q, *rotation), rotate(k, *rotation), v
 
-    def attend(
-        self, q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array | None
-    ) -> jax.Array:
+    def attend(self, q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array | None) -> jax.Array:
         """q [B, T, H, Dh] over k, v [B, S, Hkv, Dh] -> [B, T, D]."""
         out = attend(q, k, v, mask)
         return self.o_proj(out.reshape(*out.shape[:2], -1))

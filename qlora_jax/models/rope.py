@@ -65,7 +65,7 @@ class RopeConfig:
     ) -> "RopeConfig":
         """Reads `rope_parameters` (transformers 5) or `rope_scaling` with `rope_theta` (before).
 
-        partial, longrope: whether the family knows heads that are rotated in part, and this scaling.
+        partial, longrope: whether the family has heads rotated in part, and this scaling.
         Raises QloraError for what it does not know, and for settings that are missing or unknown.
         """
         key = "rope_parameters" if hf.get("rope_parameters") else "rope_scaling"

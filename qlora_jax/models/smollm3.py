@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from qlora_jax.errors import QloraError
-from qlora_jax.models.config import FULL, SLIDING, required
+from qlora_jax.models.config import FULL, SLIDING
 from qlora_jax.models.decoder import Rotation
 from qlora_jax.models.llama import Llama, LlamaConfig
 from qlora_jax.models.typed import checked, entry
@@ -33,24 +33,24 @@ class SmolLM3Config(LlamaConfig):
     no_rope_layers: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
-        super().__post_init__()
         odd = set(self.no_rope_layers) - {0, 1}
         if odd or len(self.no_rope_layers) not in (0, self.num_hidden_layers):
             raise QloraError(
                 f"no_rope_layers is {list(self.no_rope_layers)}, expected 0 or 1 for each of "
                 f"{self.num_hidden_layers} layers"
             )
+        super().__post_init__()
 
     @classmethod
     def from_hf(cls, hf: Mapping[str, Any]) -> Self:
-        layers = required(hf, "num_hidden_layers")["num_hidden_layers"]
-        hf = _USUAL | hf
-        rotated = _rotated_layers(hf, layers)
+        config = super().from_hf({**_USUAL, **hf})
+        rotated = _rotated_layers(hf, config.num_hidden_layers)
+        kinds = config.layer_types
         if hf.get("layer_types") is None:
             # Windows, if any, go with the layers that know no positions.
-            windows = entry(hf, "use_sliding_window", bool, False) and hf["sliding_window"]
-            hf["layer_types"] = [SLIDING if windows and not there else FULL for there in rotated]
-        return dataclasses.replace(super().from_hf(hf), no_rope_layers=rotated)
+            window = config.sliding_window
+            kinds = tuple(SLIDING if window and not there else FULL for there in rotated)
+        return dataclasses.replace(config, layer_types=kinds, no_rope_layers=rotated)
 
     def to_hf(self) -> dict[str, Any]:
         every = (1,) * self.num_hidden_layers

@@ -31,10 +31,13 @@ def longrope(pairs: int, **more: Any) -> dict[str, Any]:
 
 
 VARIANTS: dict[str, dict[str, Any]] = {
-    "phi-3": {"sliding_window": 8, "num_key_value_heads": 4},
+    "phi-3": {
+        "rope_parameters": {"rope_type": "default", "rope_theta": 250000.0},
+        "sliding_window": 8,
+        "num_key_value_heads": 4,
+    },
     # Of the batches that are compared, the packed ones have no document longer than this.
     "phi-3.5": {"rope_parameters": longrope(8), "original_max_position_embeddings": 24},
-    "phi-4": {"rope_parameters": {"rope_type": "default", "rope_theta": 250000.0}},
     "phi-4-mini": {
         "rope_parameters": longrope(6, partial_rotary_factor=0.75, attention_factor=1.3),
         "original_max_position_embeddings": 4,
@@ -54,31 +57,28 @@ def test_logits_and_gradients(variant: str, tmp_path: Path) -> None:
     decoders.check_logits_and_gradients(both, tmp_path)
 
 
-@pytest.mark.parametrize("variant", ["phi-3", "phi-4-mini"])
-def test_greedy_generation(variant: str, tmp_path: Path) -> None:
-    decoders.check_greedy(decoders.pair(config(variant), tmp_path))
+def test_greedy_generation(tmp_path: Path) -> None:
+    decoders.check_greedy(decoders.pair(config("phi-3"), tmp_path))
 
 
-@pytest.mark.parametrize("tokens", [1, 8, 9, 10, 64])
-def test_generation_past_the_trained_context(tokens: int, tmp_path: Path) -> None:
+def test_generation_past_the_trained_context(tmp_path: Path) -> None:
     """Where the factors change with the longest row, what is cached is computed again."""
     both = decoders.pair(config("phi-3.5"), tmp_path)
     both.peer.generation_config.eos_token_id = None
     draw = np.random.default_rng(1)
     prompts = [draw.integers(3, 96, size).tolist() for size in (16, 5)]
-    ours = generate(both.model, prompts, Sampling(max_new_tokens=tokens), stop=())
+    ours = generate(both.model, prompts, Sampling(max_new_tokens=64), stop=())
     padded = [[0] * (16 - len(prompt)) + prompt for prompt in prompts]
     mask = [[0] * (16 - len(prompt)) + [1] * len(prompt) for prompt in prompts]
     theirs = both.peer.generate(
         torch.tensor(padded),
         attention_mask=torch.tensor(mask),
         do_sample=False,
-        max_new_tokens=tokens,
+        max_new_tokens=64,
     )
     assert ours == theirs[:, 16:].tolist()
 
 
-@pytest.mark.parametrize("variant", ["phi-3.5", "phi-4-mini"])
-def test_adapters(variant: str, tmp_path: Path) -> None:
-    both = decoders.pair(config(variant), tmp_path / "model")
+def test_adapters(tmp_path: Path) -> None:
+    both = decoders.pair(config("phi-4-mini"), tmp_path / "model")
     decoders.check_adapters(both.folder, tmp_path)
