@@ -211,7 +211,7 @@ def _longrope(rope: RopeConfig, base: np.ndarray) -> tuple[np.ndarray, float]:
     assert rope.factor and context and rope.short_factor
     growth = 1 + math.log(max(rope.factor, 1.0)) / math.log(context)
     attention = math.sqrt(growth) if rope.attention_factor is None else rope.attention_factor
-    return base / np.float32(rope.short_factor), attention
+    return base / np.asarray(rope.short_factor, np.float32), attention
 
 
 def rotation(
@@ -233,6 +233,7 @@ def rotation(
         power = np.arange(0, dim, 2, dtype=np.float32) / np.float32(dim - 2)
         step = step * growth ** jnp.asarray(-power)
     if rope.kind == "longrope":
+        assert rope.original_max_position_embeddings is not None
         long, _ = inverse_frequencies(dataclasses.replace(rope, short_factor=rope.long_factor), dim)
         beyond = jnp.max(positions) >= rope.original_max_position_embeddings
         step = jnp.where(beyond, long, step)

@@ -11,6 +11,7 @@ import qlora_jax as qj
 from qlora_jax import models
 from qlora_jax.generation import Sampling, generate
 from qlora_jax.models import Phi3Config
+from qlora_jax.models.rope import rotate, rotation
 
 LONGROPE = {"type": "longrope", "short_factor": [1.0, 1.5, 2.0], "long_factor": [2.0, 5.0, 9.0]}
 BASE: dict[str, Any] = {
@@ -62,8 +63,8 @@ def test_longrope_as_the_files_have_it():
 def test_only_the_first_part_of_a_head_is_rotated():
     x = jax.random.normal(jax.random.key(0), (1, 5, 2, 8))
     rope = Phi3Config.from_hf(BASE | {"partial_rotary_factor": 0.5}).rope
-    cos_sin = jax.jit(lambda at: models.rope.rotation(rope, rope.rotated(8), 64, at))
-    turned = jax.jit(models.rope.rotate)(x, *cos_sin(jnp.arange(5)[None]))
+    cos_sin = jax.jit(lambda at: rotation(rope, rope.rotated(8), 64, at))
+    turned = jax.jit(rotate)(x, *cos_sin(jnp.arange(5)[None]))
     # Of each head, as complex numbers: entries 0 and 2, and 1 and 3.
     wide = np.asarray(x)
     pairs = wide[..., :2] + 1j * wide[..., 2:4]
