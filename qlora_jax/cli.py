@@ -14,6 +14,7 @@ COMMANDS = {
     "chat": ("Chat", "talk to a model in the terminal"),
     "merge": ("Merge", "add an adapter into its base: a dense checkpoint"),
     "quantize": ("Quantize", "write a 4-bit model, to be loaded at once"),
+    "convert": ("Convert", "write a checkpoint in another format"),
     "demo": ("Demo", "fine-tune a small model here and now, in a few minutes"),
 }
 FOOTER = (

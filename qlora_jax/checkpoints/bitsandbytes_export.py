@@ -12,7 +12,7 @@ from qlora_jax.checkpoints.bitsandbytes import METHOD
 from qlora_jax.checkpoints.export import dense, layers_of, save_config, save_tokenizer
 from qlora_jax.checkpoints.folder import new_folder
 from qlora_jax.checkpoints.model import Model
-from qlora_jax.checkpoints.names import Parameter, parameters
+from qlora_jax.checkpoints.names import OnTensor, Parameter, parameters
 from qlora_jax.checkpoints.quant_state import QuantState
 from qlora_jax.checkpoints.shards import write_shards
 from qlora_jax.errors import QloraError
@@ -30,6 +30,7 @@ def save_bitsandbytes(
     *,
     dtype: DTypeLike | None = None,
     storage: Storage = "uint8",
+    on_tensor: OnTensor | None = None,
 ) -> None:
     """config.json, safetensors and tokenizer of `model`, its 4-bit weights as they are.
 
@@ -57,16 +58,16 @@ def save_bitsandbytes(
         raise QloraError(f"{folder}: 4-bit weights of {dtypes}; say which dtype the dense ones get")
     (kept,), (form,) = dtypes, formats
     with new_folder(Path(folder)) as part:
-        write_shards(part, _tensors(model, params, kept, storage))
+        write_shards(part, _tensors(model, params, kept, storage, on_tensor))
         about = _quantization_config(form, kept, storage, _skipped(model, leaves))
         save_config(part, model, kept, {"quantization_config": about})
         save_tokenizer(part, model)
 
 
 def _tensors(
-    model: Model, params: Any, dtype: DTypeLike, storage: Storage
+    model: Model, params: Any, dtype: DTypeLike, storage: Storage, on_tensor: OnTensor | None
 ) -> Iterator[tuple[str, np.ndarray]]:
-    for parameter, layer, x in layers_of(model, params):
+    for parameter, layer, x in layers_of(model, params, on_tensor):
         name = parameter.hf_name(layer)
         if not _fits(parameter, x):
             yield name, dense(parameter, layer, x, dtype)

@@ -12,7 +12,7 @@ from jax.typing import DTypeLike
 
 from qlora_jax.checkpoints.folder import new_folder
 from qlora_jax.checkpoints.model import Model
-from qlora_jax.checkpoints.names import Parameter, parameters
+from qlora_jax.checkpoints.names import OnTensor, Parameter, count_tensors, parameters
 from qlora_jax.checkpoints.shards import write_shards
 from qlora_jax.checkpoints.tensors import fault_of
 from qlora_jax.errors import QloraError
@@ -21,34 +21,44 @@ from qlora_jax.lora.array import is_weight
 
 
 def save_pretrained(
-    folder: str | Path, model: Model, params: Any = None, *, dtype: DTypeLike = jnp.bfloat16
+    folder: str | Path,
+    model: Model,
+    params: Any = None,
+    *,
+    dtype: DTypeLike = jnp.bfloat16,
+    on_tensor: OnTensor | None = None,
 ) -> None:
     """config.json, safetensors and tokenizer of `model`, all weights dense and of `dtype`.
 
     params: the tree to write, `model.params` by default; adapters attached by `lora.attach` are
-    merged on the way, W + scaling * A B summed in fp32 and rounded once, layer by layer. Raises
-    QloraError if `folder` is there and not empty, and for weights that are not finite or that
-    `dtype` cannot hold; then nothing is left behind.
+    merged on the way, W + scaling * A B summed in fp32 and rounded once, layer by layer. on_tensor:
+    called for every tensor that was written. Raises QloraError if `folder` is there and not empty,
+    and for weights that are not finite or that `dtype` cannot hold; then nothing is left behind.
     """
     with new_folder(Path(folder)) as part:
-        tensors = layers_of(model, params)
+        tensors = layers_of(model, params, on_tensor)
         write_shards(part, ((p.hf_name(at), dense(p, at, x, dtype)) for p, at, x in tensors))
         save_config(part, model, dtype)
         save_tokenizer(part, model)
 
 
-def layers_of(model: Model, params: Any = None) -> Iterator[tuple[Parameter, int, Any]]:
+def layers_of(
+    model: Model, params: Any = None, on_tensor: OnTensor | None = None
+) -> Iterator[tuple[Parameter, int, Any]]:
     """Every tensor that a file has of `params` (`model.params` by default), one after the other.
 
     Each as (parameter, layer, the layer's slice of the leaf): a dense array, or a weight in 4 bits
     or with an adapter.
     """
     leaves = named_leaves(model.params if params is None else params)
+    total = count_tensors(model.config)
     for parameter in parameters(model.config):
         leaf = leaves[parameter.path]
         for layer in range(parameter.layers):
             at = parameter.at(layer)
             yield parameter, layer, jax.tree.map(lambda x, at=at: x[at], leaf)
+            if on_tensor is not None:
+                on_tensor(total)
 
 
 def dense(parameter: Parameter, layer: int, x: Any, dtype: DTypeLike) -> np.ndarray:

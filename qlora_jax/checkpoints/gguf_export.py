@@ -18,7 +18,7 @@ from qlora_jax.checkpoints.gguf_metadata import (
 )
 from qlora_jax.checkpoints.gguf_tokenizer import add_tokenizer
 from qlora_jax.checkpoints.model import Model
-from qlora_jax.checkpoints.names import Parameter, parameters
+from qlora_jax.checkpoints.names import OnTensor, Parameter, parameters
 from qlora_jax.errors import QloraError, missing
 
 Kind = Literal["f32", "f16", "bf16", "q8_0"]
@@ -26,7 +26,14 @@ Kind = Literal["f32", "f16", "bf16", "q8_0"]
 _DTYPES = {"F32": jnp.float32, "F16": jnp.float16, "BF16": jnp.bfloat16, "Q8_0": jnp.float32}
 
 
-def save_gguf(path: str | Path, model: Model, params: Any = None, *, kind: Kind = "f16") -> None:
+def save_gguf(
+    path: str | Path,
+    model: Model,
+    params: Any = None,
+    *,
+    kind: Kind = "f16",
+    on_tensor: OnTensor | None = None,
+) -> None:
     """The GGUF file of `model`: its configuration, its tokenizer, and its weights, none in 4 bits.
 
     params: the tree to write, `model.params` by default; adapters attached by `lora.attach` are
@@ -69,7 +76,7 @@ def save_gguf(path: str | Path, model: Model, params: Any = None, *, kind: Kind 
             writer.write_ti_data_to_file()
             if divisors is not None:
                 writer.write_tensor_data(divisors)
-            for parameter, layer, x in layers_of(model, params):
+            for parameter, layer, x in layers_of(model, params, on_tensor):
                 stored = _stored_as(parameter, kind)
                 values = dense(parameter, layer, x, _DTYPES[stored]).astype(np.float32)
                 values = rows_for_gguf(values, config, parameter)

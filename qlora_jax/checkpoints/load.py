@@ -1,12 +1,14 @@
 """`load`: from a checkpoint on disk or on the hub to a Model, quantizing tensor by tensor."""
 
+import dataclasses
 import functools
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.typing import DTypeLike
 
 from qlora_jax.checkpoints import bitsandbytes, quantized, tokenizer
@@ -14,7 +16,7 @@ from qlora_jax.checkpoints.bitsandbytes import BitsandbytesFolder
 from qlora_jax.checkpoints.gguf import GGUFFile
 from qlora_jax.checkpoints.hub import download
 from qlora_jax.checkpoints.model import Model
-from qlora_jax.checkpoints.names import Parameter, parameters
+from qlora_jax.checkpoints.names import OnTensor, Parameter, count_tensors, parameters
 from qlora_jax.checkpoints.tensors import SafetensorsFolder, Tensors, fault_of, read_json
 from qlora_jax.checkpoints.torch_files import TorchFolder
 from qlora_jax.errors import QloraError
@@ -29,6 +31,7 @@ def load(
     quantization: QuantConfig | None = None,
     dtype: DTypeLike | None = None,
     policy: Policy | None = None,
+    on_tensor: OnTensor | None = None,
 ) -> Model:
     """A model of one of `models.FAMILIES`, its linear weights in 4 bits.
 
@@ -40,6 +43,7 @@ def load(
     dtype         of the computation, and what weights that stay dense are cast to: by default
                   fp32 on CPU, bf16 elsewhere; norms stay fp32
     policy        which weights are quantized: by default every linear kernel but the output head
+    on_tensor     called for every tensor that was read, with how many there are in all
 
     Tensors are read and quantized one after the other: the host never holds more than the result
     and two tensors. Raises QloraError for what cannot be read, with every tensor listed that is
@@ -47,30 +51,65 @@ def load(
     """
     if not isinstance(quantization, QuantConfig | None):
         raise QloraError(f"quantization is {quantization!r}; expected NF4(), FP4() or None")
+    config, tensors, read_tokenizer = _open(source)
     dtype = _dtype(dtype)
-    path = _locate(source)
-    if path.suffix == ".gguf":
-        tensors: Tensors = (file := GGUFFile(path))
-        config = file.config
-        read_tokenizer = functools.partial(tokenizer.from_gguf, file)
-    else:
-        config, already = _read_config(path)
-        read_tokenizer = functools.partial(tokenizer.from_folder, path)
-        if quantized.is_quantized_folder(path):
-            params = quantized.load_params(path, config, quantization, dtype)
-            return Model(config, params, read_tokenizer(), str(source), dtype)
-        tensors = _open_folder(path, config, already)
+    if tensors is None:
+        folder = locate(source)
+        params = quantized.load_params(folder, config, quantization, dtype)
+        return Model(config, params, read_tokenizer(), str(source), dtype)
     if isinstance(tensors, BitsandbytesFolder):
         tensors.check(quantization, policy)
         quantization = None
-    _check(config, tensors)
     tokens = read_tokenizer()
-    choose = policy or Policy()
+    choose, total = policy or Policy(), count_tensors(config)
     params: dict[str, Any] = {}
     for parameter in parameters(config):
         use = quantization if choose.selects(parameter.path, parameter.shape) else None
-        _put(params, parameter.path, _read(parameter, tensors, use, dtype))
+        leaf = OnDisk(parameter, tensors, use, dtype, lambda: on_tensor and on_tensor(total))
+        _put(params, parameter.path, leaf.read())
     return Model(config, params, tokens, str(source), dtype)
+
+
+def load_lazily(source: str | Path, *, dtype: DTypeLike | None = None) -> Model:
+    """As `load`, but every leaf of the parameters is an `OnDisk`: to be read, not to compute with.
+
+    A folder that `save_quantized` wrote is read as a whole.
+    """
+    config, tensors, read_tokenizer = _open(source)
+    if tensors is None:
+        return load(source, dtype=dtype)
+    dtype = _dtype(dtype)
+    params: dict[str, Any] = {}
+    for parameter in parameters(config):
+        _put(params, parameter.path, OnDisk(parameter, tensors, None, dtype))
+    return Model(config, params, read_tokenizer(), str(source), dtype)
+
+
+def _open(source: str | Path) -> tuple[Any, Tensors | None, Callable[[], Any]]:
+    """Configuration, tensors with their names and shapes checked, and what reads the tokenizer.
+
+    The tensors are None for a folder that `save_quantized` wrote.
+    """
+    path = locate(source)
+    if path.suffix == ".gguf":
+        file = GGUFFile(path)
+        _check(file.config, file)
+        return file.config, file, functools.partial(tokenizer.from_gguf, file)
+    config, already = _read_config(path)
+    read_tokenizer = functools.partial(tokenizer.from_folder, path)
+    if quantized.is_quantized_folder(path):
+        return config, None, read_tokenizer
+    tensors = _open_folder(path, config, already)
+    _check(config, tensors)
+    return config, tensors, read_tokenizer
+
+
+def is_four_bit(source: str | Path) -> bool:
+    """Whether a checkpoint's weights are in 4 bits already; one on the hub is downloaded."""
+    path = locate(source)
+    if path.is_file():
+        return False
+    return quantized.is_quantized_folder(path) or _read_config(path)[1] is not None
 
 
 def _dtype(asked: DTypeLike | None) -> jnp.dtype:
@@ -85,7 +124,8 @@ def _dtype(asked: DTypeLike | None) -> jnp.dtype:
     return dtype
 
 
-def _locate(source: str | Path) -> Path:
+def locate(source: str | Path) -> Path:
+    """The folder or .gguf file of a checkpoint; one on the hub is downloaded."""
     path = Path(source).expanduser()
     if path.exists():
         if path.is_file() and path.suffix != ".gguf":
@@ -142,18 +182,37 @@ def _check(config: Any, tensors: Tensors) -> None:
         )
 
 
-def _read(
-    parameter: Parameter, tensors: Tensors, quantization: QuantConfig | None, dtype: DTypeLike
-) -> Any:
-    """The whole leaf, its layers written into place one by one."""
-    # Norm scales take little room, and are used in fp32.
-    kept = jnp.float32 if parameter.path.endswith("/scale") else dtype
+@dataclasses.dataclass(frozen=True)
+class OnDisk:
+    """A leaf of the parameter tree in its file: `read()` is all of it, `leaf[p.at(i)]` a layer.
 
-    def one(layer: int) -> Any:
-        name = tensors.name(parameter, layer)
-        read = tensors.read(parameter, layer)
+    quantization: what a layer becomes on the way, None: what it is, of `dtype` if it is dense. Norm
+    scales, which take little room, are fp32. told: called after every layer.
+    """
+
+    parameter: Parameter
+    tensors: Tensors
+    quantization: QuantConfig | None
+    dtype: DTypeLike
+    told: Callable[[], Any] = lambda: None
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.parameter.shape
+
+    @property
+    def ndim(self) -> int:
+        return len(self.shape)
+
+    def __getitem__(self, at: tuple[int, ...]) -> Any:
+        parameter, quantization = self.parameter, self.quantization
+        layer = int(np.ravel_multi_index(at, parameter.stack)) if at else 0
+        name = self.tensors.name(parameter, layer)
+        read = self.tensors.read(parameter, layer)
+        self.told()
         if isinstance(read, QuantizedArray):
             return jax.tree.map(jnp.asarray, read)
+        kept = jnp.float32 if parameter.path.endswith("/scale") else self.dtype
         x = _ours(read, parameter.transposed, None if quantization else kept)
         if quantization is not None:
             return quantize(x, quantization, name=name)
@@ -161,15 +220,17 @@ def _read(
             raise QloraError(f"{name}: {fault}; check the checkpoint, or try a wider dtype")
         return x
 
-    if not parameter.stacked:
-        return one(0)
-    first = one(0)
-    stack = parameter.stack
-    whole = jax.tree.map(lambda leaf: jnp.zeros((*stack, *leaf.shape), leaf.dtype), first)
-    whole = _write(whole, first, parameter.at(0))
-    for layer in range(1, parameter.layers):
-        whole = _write(whole, one(layer), parameter.at(layer))
-    return whole
+    def read(self) -> Any:
+        """All layers, written into place one by one."""
+        parameter, stack = self.parameter, self.parameter.stack
+        first = self[parameter.at(0)]
+        if not stack:
+            return first
+        whole = jax.tree.map(lambda leaf: jnp.zeros((*stack, *leaf.shape), leaf.dtype), first)
+        whole = _write(whole, first, parameter.at(0))
+        for layer in range(1, parameter.layers):
+            whole = _write(whole, self[parameter.at(layer)], parameter.at(layer))
+        return whole
 
 
 # Compiled, so that neither a second copy nor a mask of the tensor's size is made on the way.

@@ -5,7 +5,7 @@ The families' tables, read in both directions.
 
 import dataclasses
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -110,6 +110,15 @@ def parameters(config: Any) -> Iterator[Parameter]:
         yield Parameter(
             name, tuple(leaf.shape), transposed, _hf_module(family.names, module), suffix
         )
+
+
+OnTensor = Callable[[int], None]
+"""Called when a tensor of a file was read or written, with how many there are in all."""
+
+
+def count_tensors(config: Any) -> int:
+    """How many tensors a dense file of the model has."""
+    return sum(parameter.layers for parameter in parameters(config))
 
 
 def _hf_module(names: Any, module: str) -> str:

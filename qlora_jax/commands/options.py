@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 from qlora_jax import lora
 from qlora_jax.checkpoints import peft
-from qlora_jax.checkpoints.load import load
+from qlora_jax.checkpoints.load import is_four_bit, load
 from qlora_jax.checkpoints.model import Model
 from qlora_jax.checkpoints.quantized import is_quantized_folder, stored_format
 from qlora_jax.errors import QloraError
@@ -41,13 +41,16 @@ class ModelOptions:
         return load(self.model, quantization=self.format(), dtype=dtype)
 
     def format(self) -> QuantConfig | None:
-        """What `load` is to quantize to. Of a folder in 4 bits it is the stored format with what is
-        asked for put in, so that `load` refuses anything else. Raises QloraError for
-        --quantization none on such a folder."""
+        """What `load` is to quantize to. Of a checkpoint in 4 bits it is None, to keep them, or, if
+        something is asked for, the format with that put in, so that `load` refuses any other.
+        Raises QloraError for --quantization none on such a checkpoint."""
         folder = Path(self.model).expanduser()
-        quantized = is_quantized_folder(folder)
+        quantized, four_bit = is_quantized_folder(folder), is_four_bit(self.model)
+        asked = self.quantization != "auto" or self.block_size is not None or not self.double_quant
+        if four_bit and not asked:
+            return None
         if self.quantization == "none":
-            if quantized:
+            if four_bit:
                 raise QloraError(
                     f"{self.model}: its weights are in 4 bits, so --quantization none cannot be; "
                     "give the checkpoint that it was made of as --model"
