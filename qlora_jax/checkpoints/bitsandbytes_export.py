@@ -39,7 +39,7 @@ def save_bitsandbytes(
     as (bnb_4bit_quant_storage). Weights that bitsandbytes has no 4-bit form for (K no multiple of
     the block, embeddings) are written dense, and their modules listed as skipped. Raises QloraError
     if `folder` is there and not empty, if there is not exactly one 4-bit format in the tree, for
-    attached adapters, and for dense weights that are not finite in `dtype`.
+    attached adapters, for 4-bit experts, and for dense weights that are not finite in `dtype`.
     """
     if storage not in get_args(Storage):
         raise QloraError(f"storage is {storage!r}; expected one of {', '.join(get_args(Storage))}")
@@ -49,6 +49,12 @@ def save_bitsandbytes(
             f"{folder}: {lora[0]} has an adapter, which merging into 4 bits would round away; save "
             "it with peft.save, or the merged model with save_pretrained or save_gguf"
         )
+    for parameter in parameters(model.config):
+        if len(parameter.stack) > 1 and isinstance(leaves[parameter.path], QuantizedArray):
+            raise QloraError(
+                f"{folder}: {parameter.path} is in 4 bits, which transformers 5 cannot read of "
+                "experts; write the model with save_quantized, or dense with save_pretrained"
+            )
     quantized = [x for x in leaves.values() if isinstance(x, QuantizedArray)]
     formats = {QuantConfig(x.codebook, x.block_size, x.double_quant) for x in quantized}
     if len(formats) != 1:

@@ -12,8 +12,10 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 import qlora_jax as qj
+from qlora_jax import models
 from qlora_jax.checkpoints import shards
 from qlora_jax.checkpoints.bitsandbytes_export import save_bitsandbytes
+from qlora_jax.checkpoints.model import Model
 from qlora_jax.lora.adapters import named_leaves
 from tests import bitsandbytes_files, tiny
 
@@ -276,3 +278,16 @@ def test_what_has_no_4_bit_form_is_written_dense(base, tmp_path):
         assert isinstance(y, qj.QuantizedArray) == (module == "down_proj")
         y = y.dequantize() if isinstance(y, qj.QuantizedArray) else y
         np.testing.assert_array_equal(x.dequantize(), y)
+
+
+def test_experts_in_4_bits_are_not_written(tmp_path):
+    """transformers 5 stacks experts, and has no 4-bit form for that."""
+    hf = {"vocab_size": 64, "hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 1}
+    hf |= {"num_attention_heads": 2, "num_key_value_heads": 2}
+    hf |= {"model_type": "mixtral", "num_local_experts": 2, "num_experts_per_tok": 1}
+    config = models.read_config(hf)
+    params = qj.quantize_tree(models.abstract_params(config), qj.NF4())
+    model = Model(config, params, None, "shapes", jnp.float32)
+    with pytest.raises(qj.QloraError, match="experts/down_proj/kernel is in 4 bits"):
+        save_bitsandbytes(tmp_path / "out", model)
+    assert not (tmp_path / "out").exists()
