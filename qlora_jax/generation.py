@@ -68,7 +68,8 @@ def generate(
     on_tokens  called with the new ids, int32 [B, n], as they come; rows that have ended are filled
                up with a stop token
     rows       B numbers that the rows' random draws go by, 0 to B - 1 by default: a row's tokens
-               depend on its prompt, its number and the seed, and not on the other rows
+               depend on its prompt, its number and the seed, and not on the other rows (but where
+               `changes_at` is set, on the length of the longest)
 
     Returns the new ids of each prompt, without the stop token. Raises QloraError for an empty
     prompt, for ids outside the vocabulary, and for more tokens than the model's context.
@@ -194,13 +195,19 @@ def _programs(model: Model, sampling: Sampling, ends: tuple[int, ...]) -> tuple[
         done = state.done | jnp.isin(token, jnp.asarray(ends, jnp.int32))
         return _State(cache, token, done, state.count + 1, state.keys)
 
-    @functools.partial(jax.jit, static_argnums=4)
-    def start(params: Any, ids: jax.Array, mask: jax.Array, keys: jax.Array, slots: int) -> _State:
-        """Reads the prompts [B, T] and chooses the first token."""
-        token = jnp.zeros(ids.shape[0], jnp.int32)
+    @functools.partial(jax.jit, static_argnums=6)
+    def start(
+        params: Any,
+        ids: jax.Array,
+        mask: jax.Array,
+        done: jax.Array,
+        count: jax.Array,
+        keys: jax.Array,
+        slots: int,
+    ) -> _State:
+        """Reads the prompts [B, T], of which `count` tokens are generated, and chooses the next."""
         cache = model.new_cache(ids.shape[0], slots)
-        empty = _State(cache, token, token.astype(bool), jnp.zeros((), jnp.int32), keys)
-        return step(params, empty, ids, mask)
+        return step(params, _State(cache, ids[:, -1], done, count, keys), ids, mask)
 
     @functools.partial(jax.jit, static_argnums=3, donate_argnums=1)
     def decode(params: Any, state: _State, count: int, room: int) -> tuple[_State, jax.Array]:
@@ -231,7 +238,10 @@ def _pieces(
     room: int,
     rows: Sequence[int] | None = None,
 ) -> Iterator[np.ndarray]:
-    """New ids of all prompts, [B, n]: the first one, then up to `room` at a time."""
+    """New ids of all prompts, [B, n]: the first one, then up to `room` at a time.
+
+    Where the longest row outgrows `changes_at`, all that there is of the rows is read once more.
+    """
     _check(model, prompts, sampling)
     params = model.params if params is None else params
     # Only what the programs depend on, so that they are shared wherever they can be.
@@ -239,17 +249,26 @@ def _pieces(
     bare = dataclasses.replace(model, params=None, tokenizer=None, source="", dtype=dtype)
     how = dataclasses.replace(sampling, max_new_tokens=1, seed=0)
     start, decode = _programs(bare, how, ends)
-    left = sampling.max_new_tokens - 1
-    ids, mask = _pad_left(prompts)
     numbers = np.asarray(range(len(prompts)) if rows is None else rows, np.uint32)
     keys = jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(sampling.seed), numbers)
-    state = start(params, ids, mask, keys, ids.shape[1] + _bucket(left))
-    yield np.asarray(state.token)[:, None]
-    while left and not np.all(state.done):
-        count = min(left, room)
-        state, new = decode(params, state, count, room)
-        left -= count
-        yield np.asarray(new)[:, :count]
+    texts, left = [list(prompt) for prompt in prompts], sampling.max_new_tokens
+    state, done, made = None, np.zeros(len(texts), bool), np.int32(0)
+    while left and not np.all(done):
+        longest, change = max(map(len, texts)), model.config.changes_at
+        if state is None or longest - 1 == change:
+            ids, mask = _pad_left(texts)
+            slots = ids.shape[1] + _bucket(left - 1)
+            state = start(params, ids, mask, done, made, keys, slots)
+            count, new = 1, np.asarray(state.token)[:, None]
+        else:
+            count = min(left, room)
+            if change is not None and longest <= change:
+                count = min(count, change + 1 - longest)
+            state, new = decode(params, state, count, room)
+            new = np.asarray(new)[:, :count]
+        yield new
+        texts = [text + row.tolist() for text, row in zip(texts, new, strict=True)]
+        left, done, made = left - count, np.asarray(state.done), made + np.int32(count)
 
 
 def _check(model: Model, prompts: Sequence[Sequence[int]], sampling: Sampling) -> None:

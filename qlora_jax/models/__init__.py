@@ -15,7 +15,9 @@ from qlora_jax.models.families import (
     read_config,
 )
 from qlora_jax.models.llama import LlamaConfig
+from qlora_jax.models.phi3 import Phi3Config
 from qlora_jax.models.rope import RopeConfig
+from qlora_jax.models.smollm3 import SmolLM3Config
 
 __all__ = [
     "FAMILIES",
@@ -23,7 +25,9 @@ __all__ = [
     "DecoderConfig",
     "Family",
     "LlamaConfig",
+    "Phi3Config",
     "RopeConfig",
+    "SmolLM3Config",
     "abstract_params",
     "apply",
     "apply_head",

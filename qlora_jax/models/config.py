@@ -63,6 +63,12 @@ class DecoderConfig:
                 f"num_key_value_heads {self.num_key_value_heads}"
             )
 
+    @property
+    def changes_at(self) -> int | None:
+        """The length of a batch beyond which its tokens have other keys and values, so that a cache
+        of fewer does not serve any more; None: there is none."""
+        return None
+
     @classmethod
     def from_hf(cls, hf: Mapping[str, Any]) -> Self:
         """Reads a config.json. Raises QloraError for a family or a switch that is not supported."""

@@ -16,7 +16,7 @@ from flax import nnx
 from jax.typing import DTypeLike
 
 from qlora_jax.errors import QloraError
-from qlora_jax.models import llama, moe
+from qlora_jax.models import llama, moe, phi3, smollm3
 from qlora_jax.models.cache import Cache
 
 Params = Mapping[str, Any]
@@ -48,6 +48,8 @@ FAMILIES: dict[str, Family] = {
     "qwen3": _LLAMA,
     "mixtral": Family(moe.MoeConfig, moe.Moe, moe.MIXTRAL_NAMES),
     "qwen3_moe": Family(moe.MoeConfig, moe.Moe, moe.QWEN3_MOE_NAMES),
+    "phi3": Family(phi3.Phi3Config, phi3.Phi3, llama.NAMES),
+    "smollm3": Family(smollm3.SmolLM3Config, smollm3.SmolLM3, llama.NAMES),
 }
 
 

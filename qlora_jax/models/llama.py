@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Self
 
 import jax
 from flax import nnx
@@ -32,8 +32,13 @@ ARCHITECTURES = {
     "mistral": "MistralForCausalLM",
     "qwen2": "Qwen2ForCausalLM",
     "qwen3": "Qwen3ForCausalLM",
+    "smollm3": "SmolLM3ForCausalLM",
 }
 """What transformers calls the families, by their model_type."""
+
+_QKVO_BIAS, _MLP_BIAS = ("llama", "qwen3", "smollm3"), ("llama", "smollm3")
+_LAYER_TYPES = ("qwen2", "qwen3", "smollm3")
+"""Which families' config.json has attention_bias, mlp_bias and layer_types."""
 
 NAMES = {
     "embed_tokens": "model.embed_tokens",
@@ -66,7 +71,7 @@ class LlamaConfig(DecoderConfig):
             raise QloraError(f"head_dim {self.head_dim} is odd; rotary embedding needs pairs")
 
     @classmethod
-    def from_hf(cls, hf: Mapping[str, Any]) -> "LlamaConfig":
+    def from_hf(cls, hf: Mapping[str, Any]) -> Self:
         family = hf["model_type"]
         sizes = required(
             hf,
@@ -82,7 +87,7 @@ class LlamaConfig(DecoderConfig):
         if head_dim is None:
             head_dim = 128 if family == "qwen3" else sizes["hidden_size"] // max(heads, 1)
         window, kinds = _windows(family, hf, layers)
-        attention_bias = entry(hf, "attention_bias", bool, False) and family in ("llama", "qwen3")
+        attention_bias = entry(hf, "attention_bias", bool, False) and family in _QKVO_BIAS
         usual_kv_heads = 8 if family == "mistral" and "num_key_value_heads" not in hf else heads
         return cls(
             **sizes,
@@ -96,7 +101,7 @@ class LlamaConfig(DecoderConfig):
             rope=RopeConfig.from_hf(hf),
             qkv_bias=attention_bias or family == "qwen2",
             o_bias=attention_bias,
-            mlp_bias=entry(hf, "mlp_bias", bool, False) and family == "llama",
+            mlp_bias=entry(hf, "mlp_bias", bool, False) and family in _MLP_BIAS,
             qk_norm=family == "qwen3",
             tie_word_embeddings=entry(hf, "tie_word_embeddings", bool, False),
             **special_tokens(hf),
@@ -124,13 +129,13 @@ class LlamaConfig(DecoderConfig):
         }
         if self.rope.kind != "default":
             out["rope_scaling"] = {k: v for k, v in rope.items() if k != "rope_theta"}
-        if self.model_type in ("llama", "qwen3"):
+        if self.model_type in _QKVO_BIAS:
             out["attention_bias"] = self.qkv_bias
-        if self.model_type == "llama":
+        if self.model_type in _MLP_BIAS:
             out["mlp_bias"] = self.mlp_bias
-        if self.model_type in ("mistral", "qwen2", "qwen3"):
+        if self.model_type == "mistral" or self.model_type in _LAYER_TYPES:
             out["sliding_window"] = self.sliding_window
-        if self.model_type in ("qwen2", "qwen3"):
+        if self.model_type in _LAYER_TYPES:
             out["use_sliding_window"] = self.sliding_window is not None
             out["layer_types"] = list(self.layer_types)
         return out
