@@ -8,12 +8,14 @@ import numpy as np
 from qlora_jax.checkpoints.gguf_header import check_header
 from qlora_jax.checkpoints.names import Parameter
 from qlora_jax.errors import QloraError, missing
-from qlora_jax.models import LlamaConfig, RopeConfig
+from qlora_jax.models import LlamaConfig, RopeConfig, read_config
 from qlora_jax.models.rope import inverse_frequencies
 from qlora_jax.models.typed import checked
 
 T = TypeVar("T", int, float)
 ROPE_FACTORS = "rope_freqs.weight"
+# SmolLM3's files do not say which layers are rotated; it is all but every fourth, as by default.
+_ARCHITECTURES = ("llama", "qwen2", "qwen3", "smollm3")
 _INTEGERS = ("I8", "I16", "I32", "I64")
 # All that is understood of what shapes attention; anything else there would change the model.
 _KNOWN = {
@@ -98,9 +100,10 @@ class GGUFFile:
 
     def _read_config(self) -> LlamaConfig:
         arch = self.architecture
-        if arch not in ("llama", "qwen2", "qwen3"):
+        if arch not in _ARCHITECTURES:
             raise QloraError(
-                f"{self.source}: architecture {arch!r} is not supported; known: llama, qwen2, qwen3"
+                f"{self.source}: architecture {arch!r} is not supported; known: "
+                f"{', '.join(_ARCHITECTURES)}"
             )
 
         if "token_embd.weight" not in self._tensors:
@@ -143,7 +146,7 @@ class GGUFFile:
         theta = _shortest(self.number("rope.freq_base", float, 10000.0))
         hf["rope_parameters"] = {"rope_theta": theta, **self._rope(theta, head_dim, context)}
         try:
-            return LlamaConfig.from_hf(hf)
+            return read_config(hf)
         except QloraError as error:
             raise QloraError(f"{self.source}: {error}") from error
 
@@ -224,10 +227,10 @@ def rows_for_gguf(x: np.ndarray, config: LlamaConfig, parameter: Parameter) -> n
 def _rotated_heads(config: LlamaConfig, parameter: Parameter) -> int:
     """How many heads the rows are of, if they are ordered otherwise than with Hugging Face, or 0.
 
-    Files of the architecture llama pair neighbouring rows for the rotation, where Hugging Face
-    pairs the two halves of a head.
+    Files of the architectures llama and smollm3 pair neighbouring rows for the rotation, where
+    Hugging Face pairs the two halves of a head.
     """
-    if config.model_type not in ("llama", "mistral"):
+    if config.model_type not in ("llama", "mistral", "smollm3"):
         return 0
     heads = {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads}
     return heads.get(parameter.path.split("/")[-2], 0)

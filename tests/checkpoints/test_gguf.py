@@ -74,9 +74,9 @@ def write(
             if name in skip or name in (tensors or {}):
                 continue
             x = stored[parameter.hf_name(layer)]
-            if arch == "llama" and ".attn_q." in name:
+            if arch in ("llama", "smollm3") and ".attn_q." in name:
                 x = rows_for_rotation(x, HEADS)
-            if arch == "llama" and ".attn_k." in name:
+            if arch in ("llama", "smollm3") and ".attn_k." in name:
                 x = rows_for_rotation(x, KV_HEADS)
             writer.add_tensor(name, np.ascontiguousarray(x))
     writer.write_header_to_file()
@@ -103,6 +103,15 @@ def test_the_same_model_as_from_hugging_face(folder, tmp_path):
     text = "Pay 1234 euros!"
     assert model.tokenizer(text)["input_ids"] == dense.tokenizer(text)["input_ids"]
     assert model.tokenizer.eos_token == "</s>"
+
+
+def test_smollm3_is_a_llama_with_layers_that_are_not_rotated(tmp_path):
+    folder = tiny.write_checkpoint(tmp_path / "tiny", layers=4)
+    model, dense = qj.load(write(tmp_path / "m.gguf", folder, arch="smollm3")), qj.load(folder)
+    assert (model.config.model_type, model.config.no_rope_layers) == ("smollm3", (1, 1, 1, 0))
+    found = qj.lora.adapters.named_leaves(model.params)
+    for path, x in qj.lora.adapters.named_leaves(dense.params).items():
+        np.testing.assert_array_equal(found[path], x, err_msg=path)
 
 
 OWN = {
