@@ -56,7 +56,9 @@ def layers_of(
         leaf = leaves[parameter.path]
         for layer in range(parameter.layers):
             at = parameter.at(layer)
-            yield parameter, layer, jax.tree.map(lambda x, at=at: x[at], leaf)
+            # Without a stack the leaf is the layer; indexing would copy it, if it is not on disk.
+            whole = not parameter.stacked and isinstance(leaf, jax.Array)
+            yield parameter, layer, leaf if whole else jax.tree.map(lambda x, at=at: x[at], leaf)
             if on_tensor is not None:
                 on_tensor(total)
 

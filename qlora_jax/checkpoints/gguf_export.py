@@ -20,8 +20,12 @@ from qlora_jax.checkpoints.gguf_tokenizer import add_tokenizer
 from qlora_jax.checkpoints.model import Model
 from qlora_jax.checkpoints.names import OnTensor, Parameter, parameters
 from qlora_jax.errors import QloraError, missing
+from qlora_jax.lora.array import is_weight
 
 Kind = Literal["f32", "f16", "bf16", "q8_0"]
+CHUNK = 1 << 22
+"""Numbers that are in fp32 at a time while a tensor is rounded."""
+
 # What numbers are rounded to; the gguf package takes those of Q8_0 from fp32 to 8 bits.
 _DTYPES = {"F32": jnp.float32, "F16": jnp.float16, "BF16": jnp.bfloat16, "Q8_0": jnp.float32}
 
@@ -78,10 +82,11 @@ def save_gguf(
                 writer.write_tensor_data(divisors)
             for parameter, layer, x in layers_of(model, params, on_tensor):
                 stored = _stored_as(parameter, kind)
-                values = dense(parameter, layer, x, _DTYPES[stored]).astype(np.float32)
-                values = rows_for_gguf(values, config, parameter)
-                data = gguf.quants.quantize(values, gguf.GGMLQuantizationType[stored])
-                writer.write_tensor_data(data)
+                # What is only to be rounded to 8 bits stays as small as it is until then.
+                own = stored == "Q8_0" and not is_weight(x)
+                dtype = x.dtype if own else _DTYPES[stored]
+                values = rows_for_gguf(dense(parameter, layer, x, dtype), config, parameter)
+                writer.write_tensor_data(_packed(gguf, values, stored))
         finally:
             writer.close()
 
@@ -93,6 +98,14 @@ def _stored_as(parameter: Parameter, kind: Kind) -> str:
     if kind == "q8_0" and parameter.file_shape[-1] % 32:
         return "F16"
     return kind.upper()
+
+
+def _packed(gguf: Any, values: np.ndarray, stored: str) -> np.ndarray:
+    """`values` as GGUF stores them, made of some rows at a time, since that goes by way of fp32."""
+    kind = gguf.GGMLQuantizationType[stored]
+    rows = max(1, CHUNK * len(values) // values.size)
+    pieces = (values[at : at + rows] for at in range(0, len(values), rows))
+    return np.concatenate([gguf.quants.quantize(x.astype(np.float32), kind) for x in pieces])
 
 
 def _file_type(gguf: Any, kind: Kind) -> int:

@@ -70,19 +70,18 @@ def load(
     return Model(config, params, tokens, str(source), dtype)
 
 
-def load_lazily(source: str | Path, *, dtype: DTypeLike | None = None) -> Model:
+def load_lazily(source: str | Path) -> Model:
     """As `load`, but every leaf of the parameters is an `OnDisk`: to be read, not to compute with.
 
-    A folder that `save_quantized` wrote is read as a whole.
+    Weights have the type that they have there; a folder of `save_quantized` is read as a whole.
     """
     config, tensors, read_tokenizer = _open(source)
     if tensors is None:
-        return load(source, dtype=dtype)
-    dtype = _dtype(dtype)
+        return load(source, dtype=jnp.float32)
     params: dict[str, Any] = {}
     for parameter in parameters(config):
-        _put(params, parameter.path, OnDisk(parameter, tensors, None, dtype))
-    return Model(config, params, read_tokenizer(), str(source), dtype)
+        _put(params, parameter.path, OnDisk(parameter, tensors, None, None))
+    return Model(config, params, read_tokenizer(), str(source), jnp.float32)
 
 
 def _open(source: str | Path) -> tuple[Any, Tensors | None, Callable[[], Any]]:
@@ -186,14 +185,15 @@ def _check(config: Any, tensors: Tensors) -> None:
 class OnDisk:
     """A leaf of the parameter tree in its file: `read()` is all of it, `leaf[p.at(i)]` a layer.
 
-    quantization: what a layer becomes on the way, None: what it is, of `dtype` if it is dense. Norm
-    scales, which take little room, are fp32. told: called after every layer.
+    quantization: what a layer becomes on the way, None: what it is, of `dtype` if it is dense, or,
+    without one, of its own. Norm scales, which take little room, are fp32. told: called after every
+    layer.
     """
 
     parameter: Parameter
     tensors: Tensors
     quantization: QuantConfig | None
-    dtype: DTypeLike
+    dtype: DTypeLike | None
     told: Callable[[], Any] = lambda: None
 
     @property

@@ -76,7 +76,7 @@ class Convert:
     def _read(self, begin: Callable[[str], OnTensor]) -> Model:
         """What is written in 4 bits is in memory as a whole, what is dense a tensor at a time."""
         if self.to != "bitsandbytes":
-            return load_lazily(self.source, dtype="float32")
+            return load_lazily(self.source)
         # What is in 4 bits already keeps its codes.
         form = QuantConfig(self.quant_type, self.block_size, self.double_quant)
         return load(
