@@ -71,56 +71,53 @@ def test_a_sliding_window_with_padding(model: Model) -> None:
 
 
 def test_rows_do_not_depend_on_each_other(model: Model) -> None:
-    together = generate(model, PROMPTS, WARM, stop=())
-    alone = [generate(model, [p], WARM, stop=(), rows=[i])[0] for i, p in enumerate(PROMPTS)]
+    together = generate(model, PROMPTS, WARM)
+    alone = [generate(model, [p], WARM, rows=[i])[0] for i, p in enumerate(PROMPTS)]
     assert together == alone
 
 
 def test_much_padding_changes_nothing(model: Model) -> None:
     long = np.random.default_rng(0).integers(3, 250, 70).tolist()
-    together = generate(model, [PROMPTS[0], long], WARM, stop=())
-    assert together[0] == generate(model, PROMPTS[:1], WARM, stop=())[0]
+    together = generate(model, [PROMPTS[0], long], WARM)
+    assert together[0] == generate(model, PROMPTS[:1], WARM)[0]
 
 
-def test_a_stop_token_ends_a_row(model: Model) -> None:
-    free = generate(model, PROMPTS, GREEDY, stop=())
-    stop = {free[0][4], free[1][0]}
+def test_end_tokens_end_a_row(model: Model) -> None:
+    """Those of the configuration and of the tokenizer, where no others are asked for."""
+    free = generate(model, PROMPTS, WARM)
+    config = dataclasses.replace(model.config, eos_token_id=(free[0][4], free[1][0]))
+    other = dataclasses.replace(model, config=config)
+    stop = {free[0][4], free[1][0], model.tokenizer.eos_token_id}
+    assert set(generation._end_tokens(other)) == stop
+    assert set(generation._end_tokens(dataclasses.replace(other, tokenizer=None))) < stop
+    assert generation._end_tokens(other, {7}) == (7,)
     want = [row[: min([row.index(s) for s in stop if s in row], default=12)] for row in free]
     came: list[np.ndarray] = []
-    assert generate(model, PROMPTS, GREEDY, stop=stop, on_tokens=came.append) == want
+    assert generate(other, PROMPTS, WARM, on_tokens=came.append) == want
     assert len(want[0]) <= 4 and not want[1]
     for row, kept in zip(np.concatenate(came, axis=1), want, strict=True):
         assert row[: len(kept)].tolist() == kept
         assert stop.issuperset(row[len(kept) :].tolist())
 
 
-def test_end_tokens_of_configuration_and_tokenizer(model: Model) -> None:
-    free = generate(model, PROMPTS[:1], WARM, stop=())[0]
-    config = dataclasses.replace(model.config, eos_token_id=(free[5],))
-    other = dataclasses.replace(model, config=config)
-    assert generate(other, PROMPTS[:1], WARM) == [free[: free.index(free[5])]]
-    assert generation._end_tokens(other) == (model.tokenizer.eos_token_id, free[5])
-    assert generation._end_tokens(dataclasses.replace(other, tokenizer=None)) == (free[5],)
-
-
 def test_every_token_is_a_new_draw(model: Model) -> None:
     nothing = jax.tree.map(jnp.zeros_like, model.params)  # so that all tokens are equally likely
-    drawn = generate(model, PROMPTS, WARM, params=nothing, stop=())
+    drawn = generate(model, PROMPTS, WARM, params=nothing)
     assert len({token for row in drawn for token in row}) > 24  # of 36, among 259
 
 
 @pytest.mark.parametrize("count", (1, 6))
 def test_fewer_tokens_are_a_beginning_of_more(model: Model, count: int) -> None:
-    few = generate(model, PROMPTS, dataclasses.replace(WARM, max_new_tokens=count), stop=())
-    assert few == [row[:count] for row in generate(model, PROMPTS, WARM, stop=())]
+    few = generate(model, PROMPTS, dataclasses.replace(WARM, max_new_tokens=count))
+    assert few == [row[:count] for row in generate(model, PROMPTS, WARM)]
 
 
 def test_seeds(model: Model) -> None:
     same = [PROMPTS[0]] * 3
-    first = generate(model, same, WARM, stop=())
-    assert first == generate(model, same, WARM, stop=())
+    first = generate(model, same, WARM)
+    assert first == generate(model, same, WARM)
     assert first[0] != first[1]
-    assert first != generate(model, same, dataclasses.replace(WARM, seed=4), stop=())
+    assert first != generate(model, same, dataclasses.replace(WARM, seed=4))
 
 
 def test_the_most_likely_of_one_is_greedy() -> None:
@@ -188,15 +185,6 @@ def test_a_stream_never_gives_half_a_character(
     assert list(stream(model, [5]))[-1] == "\ufffd"
 
 
-def test_complete_keeps_the_order(model: Model) -> None:
-    prompts = [encode_prompt(model.tokenizer, talk) for talk in TALKS]
-    new = generate(model, prompts, WARM)
-    want = [model.tokenizer.decode(ids, skip_special_tokens=True) for ids in new]
-    for batch_size in (2, 16):
-        assert complete(model, TALKS, WARM, batch_size=batch_size) == want
-    assert complete(model, [], WARM) == []
-
-
 def test_a_second_call_compiles_nothing(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
     traces = []
     hidden = models.apply_hidden
@@ -207,13 +195,22 @@ def test_a_second_call_compiles_nothing(model: Model, monkeypatch: pytest.Monkey
 
     monkeypatch.setattr("qlora_jax.checkpoints.model.apply_hidden", counted)
     generation._programs.cache_clear()
-    complete(model, TALKS, WARM, batch_size=2)
+    complete(model, TALKS, WARM, batch_size=3)
     first = len(traces)
     assert first >= 2
     # Another seed, length, prompt and object: within the same buckets, the same programs.
     other = Model(model.config, model.params, model.tokenizer, "elsewhere", "float32")
-    complete(other, TALKS[1:], Sampling(30, temperature=1.0, seed=9), batch_size=2)
+    complete(other, TALKS[1:], Sampling(30, temperature=1.0, seed=9), batch_size=3)
     assert len(traces) == first
+
+
+def test_complete_keeps_the_order(model: Model) -> None:
+    prompts = [encode_prompt(model.tokenizer, talk) for talk in TALKS]
+    new = generate(model, prompts, WARM)
+    want = [model.tokenizer.decode(ids, skip_special_tokens=True) for ids in new]
+    for batch_size in (3, 16):
+        assert complete(model, TALKS, WARM, batch_size=batch_size) == want
+    assert complete(model, [], WARM) == []
 
 
 @pytest.mark.parametrize(

@@ -5,7 +5,6 @@ the library's own way of densifying or attaching, only QuantizedArray.dequantize
 tests against bitsandbytes.
 """
 
-import functools
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
@@ -105,10 +104,6 @@ def add_low_rank(weight: jax.Array, adapter: Any) -> jax.Array:
     return (weight.astype(jnp.float32) + product.reshape(weight.shape)).astype(weight.dtype)
 
 
-QUICK = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
-"""For the oracle's programs, which run once: compiling them is nearly all that a test costs."""
-
-
 def check(
     fn: Callable[..., Any],
     params: Any,
@@ -122,7 +117,7 @@ def check(
 
     All of `bases` share one compiled oracle: fn with its gradient in W, and from that to A and B.
     """
-    oracle = _value_and_gradients(lambda _, dense, *xs: fn(dense, *xs), QUICK)
+    oracle = _value_and_gradients(lambda _, dense, *xs: fn(dense, *xs))
     lifted = lift(fn, strict=strict)
     ours = _value_and_gradients(
         lambda frozen, trained, *xs: lifted(lora.attach(frozen, trained), *xs)
@@ -139,35 +134,28 @@ def compare(
 ) -> None:
     """Both functions give the same values, and the same gradients of all floating arguments."""
     got = _value_and_gradients(lambda _, *xs: actual(*xs))(None, *args)
-    want = _value_and_gradients(lambda _, *xs: expected(*xs), QUICK)(None, *args)
+    want = _value_and_gradients(lambda _, *xs: expected(*xs))(None, *args)
     _assert_agree(got, want, rtol, "compared")
 
 
-def quick(fn: Callable[..., Any]) -> Callable[..., Any]:
-    """fn jitted, compiled fast instead of well."""
-    return jax.jit(fn, compiler_options=QUICK)
-
-
-@quick
+@jax.jit
 def _densify(frozen: Any, adapters: lora.Adapters) -> Any:
     return densify(frozen, adapters)
 
 
-@quick
+@jax.jit
 def _to_adapters(frozen: Any, adapters: lora.Adapters, gradient: Any) -> lora.Adapters:
     """From the gradient in the dense weights to that in the adapters."""
     return jax.vjp(lambda a: densify(frozen, a), adapters)[1](gradient)[0]
 
 
-def _value_and_gradients(
-    f: Callable[..., Any], options: dict[str, Any] | None = None
-) -> Callable[..., Any]:
+def _value_and_gradients(f: Callable[..., Any]) -> Callable[..., Any]:
     """The jitted function of (frozen, *args) that gives f's outputs and gradients by *args.
 
     Gradients are those of the outputs' sum with fixed random weights; None for integers.
     """
 
-    @functools.partial(jax.jit, compiler_options=options)
+    @jax.jit
     def run(frozen: Any, *args: Any) -> Any:
         leaves, structure = jax.tree.flatten(args)
         places = [i for i, leaf in enumerate(leaves) if jnp.issubdtype(leaf.dtype, jnp.floating)]

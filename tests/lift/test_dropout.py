@@ -10,7 +10,7 @@ import pytest
 from qlora_jax import lora
 from qlora_jax.errors import QloraError
 from qlora_jax.lift import lift
-from tests.lift.oracle import RTOL, assert_close, densify, kernel, normal, prepare, quick
+from tests.lift.oracle import RTOL, assert_close, densify, kernel, normal, prepare
 
 K = 64
 RATE = 0.25
@@ -156,7 +156,7 @@ def test_remat_draws_the_same_mask_again(base: str) -> None:
         def loss(a: Any, x: jax.Array) -> jax.Array:
             return sum(jnp.sum(y**2) for y in run(frozen, a, RATE, KEY, fn, x))
 
-        return quick(jax.grad(loss, argnums=(0, 1)))(adapters, X)
+        return jax.jit(jax.grad(loss, argnums=(0, 1)))(adapters, X)
 
     assert_close(gradient(jax.checkpoint(both)), gradient(both), RTOL, "gradient")
 

@@ -12,7 +12,7 @@ from qlora_jax import lora, models
 from qlora_jax.lift import lift
 from qlora_jax.models import LlamaConfig
 from qlora_jax.models import cache as caches
-from tests.lift.oracle import RTOL, assert_close, check, densify, float_sizes, prepare, quick
+from tests.lift.oracle import RTOL, assert_close, check, densify, float_sizes, prepare
 
 COMMON: dict[str, Any] = {
     "vocab_size": 80,
@@ -70,7 +70,7 @@ def test_decoding_with_a_cache() -> None:
     config, params, axes = problem("llama", everything=False)
     frozen, adapters = prepare(params, axes, "nf4")
     apply = functools.partial(models.apply, config)
-    step = quick(lift(lambda p, ids, cache: apply(p, ids, cache=cache), strict=True))
+    step = jax.jit(lift(lambda p, ids, cache: apply(p, ids, cache=cache), strict=True))
 
     def decode(params: Any) -> jax.Array:
         cache = caches.Cache.create(config, batch=2, length=8, dtype=jnp.float32)
@@ -82,7 +82,7 @@ def test_decoding_with_a_cache() -> None:
         return jnp.concatenate([first, *rest], axis=1)
 
     got = decode(lora.attach(frozen, adapters))
-    want = quick(lambda p: apply(p, IDS)[0])(densify(frozen, adapters))
+    want = jax.jit(lambda p: apply(p, IDS)[0])(densify(frozen, adapters))
     assert_close(got, want, 1e-4, "logits")
 
 
@@ -103,9 +103,9 @@ def test_no_dense_stack_in_the_program() -> None:
 def test_bfloat16_compute() -> None:
     config, params, axes = problem("llama", everything=False)
     frozen, adapters = prepare(params, axes, "nf4")
-    fn = quick(lift(functools.partial(models.apply, config, dtype=jnp.bfloat16), strict=True))
+    fn = jax.jit(lift(functools.partial(models.apply, config, dtype=jnp.bfloat16), strict=True))
     got = fn(lora.attach(frozen, adapters), IDS)[0]
-    want = quick(lambda p: models.apply(config, p, IDS)[0])(densify(frozen, adapters))
+    want = jax.jit(lambda p: models.apply(config, p, IDS)[0])(densify(frozen, adapters))
     assert got.dtype == jnp.float32
     assert_close(got, want, 5e-2, "logits")
     assert float(jnp.max(jnp.abs(got - want)) / jnp.max(jnp.abs(want))) > RTOL  # bf16 was used

@@ -22,7 +22,6 @@ from tests.lift.oracle import (
     kernel,
     normal,
     prepare,
-    quick,
 )
 
 W = {"w": kernel(0, 96, 40)}
@@ -296,7 +295,9 @@ def test_any_arrangement_of_axes(data: st.DataObject) -> None:
 
     frozen, adapters = prepare({"w": weight}, {"w": (k_ndim, n_ndim)}, "nf4")
     # One program for each: op by op, every shape of every operation would be compiled alone.
-    got = quick(lift(fn, strict=True))(lora.attach(frozen, adapters), x)
-    want = quick(lambda frozen, adapters, x: fn(densify(frozen, adapters), x))(frozen, adapters, x)
+    got = jax.jit(lift(fn, strict=True))(lora.attach(frozen, adapters), x)
+    want = jax.jit(lambda frozen, adapters, x: fn(densify(frozen, adapters), x))(
+        frozen, adapters, x
+    )
     size = np.abs(want).max()
     assert np.abs(got - want).max() <= RTOL * size, equation

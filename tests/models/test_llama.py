@@ -31,6 +31,12 @@ def config(family: str) -> LlamaConfig:
     return LlamaConfig.from_hf({"model_type": family, **BASE, **FAMILIES[family]})
 
 
+def logits(config, params, ids, **options):
+    """In one program: op by op, every operation would be compiled alone."""
+    run = jax.jit(lambda params, ids, options: models.apply(config, params, ids, **options)[0])
+    return run(params, ids, options)
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_configuration_survives_its_file(family):
     assert LlamaConfig.from_hf(config(family).to_hf()) == config(family)
@@ -43,12 +49,12 @@ def test_windows_and_blocks_against_one_mask(family, monkeypatch):
     params = models.init_params(full, jax.random.key(0))
     params = jax.tree.map(lambda x: 3 * x, params)
     ids = jax.random.randint(jax.random.key(1), (2, 20), 0, 50)
-    whole = models.apply(full, params, ids)[0]
+    whole = logits(full, params, ids)
     monkeypatch.setattr(attention, "BLOCK", 4)
-    np.testing.assert_allclose(models.apply(full, params, ids)[0], whole, rtol=0, atol=2e-5)
-    wide = dataclasses.replace(full, sliding_window=20)
-    assert float(jnp.abs(models.apply(wide, params, ids)[0] - whole)[:, :5].max()) < 2e-5
-    assert float(jnp.abs(models.apply(wide, params, ids)[0] - whole)[:, 5:].max()) > 1e-3
+    np.testing.assert_allclose(logits(full, params, ids), whole, rtol=0, atol=2e-5)
+    wide = logits(dataclasses.replace(full, sliding_window=20), params, ids)
+    assert float(jnp.abs(wide - whole)[:, :5].max()) < 2e-5
+    assert float(jnp.abs(wide - whole)[:, 5:].max()) > 1e-3
 
 
 @pytest.mark.parametrize("family", ["llama", "mistral"])
@@ -59,10 +65,8 @@ def test_packed_documents_do_not_see_each_other(family):
     ids = jax.random.randint(jax.random.key(1), (1, 16), 0, 50)
     segments = jnp.asarray([[1] * 6 + [2] * 1 + [3] * 7 + [0] * 2])
     mask = segments > 0
-    packed = jax.jit(lambda ids, segments, mask: models.apply(
-        full, params, ids, segment_ids=segments, attention_mask=mask
-    )[0])(ids, segments, mask)  # fmt: skip
-    apart = [models.apply(full, params, ids[:, a:b])[0] for a, b in ((0, 6), (6, 7), (7, 14))]
+    packed = logits(full, params, ids, segment_ids=segments, attention_mask=mask)
+    apart = [logits(full, params, ids[:, a:b]) for a, b in ((0, 6), (6, 7), (7, 14))]
     np.testing.assert_allclose(packed[:, :14], jnp.concatenate(apart, axis=1), rtol=0, atol=2e-5)
     cache = Cache.create(full, 1, 16)
     with pytest.raises(ValueError, match="packed sequences have no cache"):
@@ -74,18 +78,19 @@ def test_padding_and_the_cache_change_nothing(family):
     full = config(family)
     params = jax.tree.map(lambda x: 3 * x, models.init_params(full, jax.random.key(0)))
     ids = jax.random.randint(jax.random.key(1), (2, 12), 0, 50)
-    plain = models.apply(full, params, ids)[0]
+    plain = logits(full, params, ids)
 
     padded = jnp.pad(ids, [(0, 0), (4, 3)])
     mask = jnp.pad(jnp.ones_like(ids), [(0, 0), (4, 3)])
-    found = models.apply(full, params, padded, attention_mask=mask)[0][:, 4:-3]
+    found = logits(full, params, padded, attention_mask=mask)[:, 4:-3]
     np.testing.assert_allclose(found, plain, rtol=0, atol=2e-5)
 
     cache = Cache.create(full, 2, 20)
+    step = jax.jit(lambda ids, cache: models.apply(full, params, ids, cache=cache))
     parts = []
     for start, stop in ((0, 7), (7, 8), (8, 12)):
-        logits, cache = models.apply(full, params, ids[:, start:stop], cache=cache)
-        parts.append(logits)
+        part, cache = step(ids[:, start:stop], cache)
+        parts.append(part)
     np.testing.assert_allclose(jnp.concatenate(parts, 1), plain, rtol=0, atol=2e-5)
     with pytest.raises(ValueError, match="20 slots, 12 in use: no room for 9"):
         models.apply(full, params, jnp.zeros((2, 9), jnp.int32), cache=cache)
@@ -99,7 +104,8 @@ def test_remat_changes_nothing():
     def total(params, remat):
         return jnp.sum(models.apply(full, params, ids, remat=remat)[0] ** 2)
 
-    one, two = (jax.grad(total)(params, remat) for remat in (False, True))
+    gradient = jax.jit(jax.grad(total), static_argnums=1)
+    one, two = (gradient(params, remat) for remat in (False, True))
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4), one, two)
 
 

@@ -16,7 +16,9 @@ from qlora_jax.training import trainer
 from qlora_jax.training.settings import TrainSettings
 from tests.training import models
 
-CONFIG = qj.LoraConfig(rank=4, alpha=8, dropout=0.05)
+# Two of seven modules: most of a test's time goes into compiling, which adapters add to.
+CONFIG = qj.LoraConfig(rank=4, alpha=8, dropout=0.05, targets=("q_proj", "down_proj"))
+HELD_OUT = models.dataset(5, seed=1)
 pytestmark = pytest.mark.standard_promotion  # optax.adamw
 
 
@@ -24,13 +26,13 @@ def fit(output, **changes):
     settings = TrainSettings(
         **({"steps": 6, "batch_size": 2, "learning_rate": 1e-2} | changes.pop("settings", {}))
     )
-    options = {"evaluation": models.dataset(5, seed=1), "display": False} | changes
+    options = {"display": False} | changes
     return trainer.fit(models.model(), CONFIG, models.dataset(), settings, output, **options)
 
 
 def test_a_run_leaves_adapter_metrics_and_plot(tmp_path):
     settings = {"eval_every": 2, "save_every": 4, "accumulate": 2, "warmup": 0.5}
-    result = fit(tmp_path / "out", settings=settings)
+    result = fit(tmp_path / "out", settings=settings, evaluation=HELD_OUT)
     lines = [json.loads(line) for line in (tmp_path / "out/metrics.jsonl").read_text().splitlines()]
     assert lines == result.history
     assert [e["step"] for e in lines if "loss" in e] == [1, 2, 3, 4, 5, 6]
@@ -122,16 +124,15 @@ def test_an_adapter_is_not_overwritten(tmp_path):
 
 
 def test_progress_is_shown(tmp_path, capsys):
-    fit(tmp_path / "out", display=True)
+    fit(tmp_path / "out", display=True, evaluation=HELD_OUT)
     text = capsys.readouterr().out
     assert "step 6/6" in text and "tokens/s" in text and "held-out loss" in text
 
 
 def test_going_on_from_an_adapter(tmp_path):
-    first = fit(tmp_path / "a")
-    second = fit(
-        tmp_path / "b", adapters=first.adapters, settings={"steps": 1, "learning_rate": 1e-9}
-    )
+    first = fit(tmp_path / "a", evaluation=HELD_OUT)
+    going_on = {"steps": 1, "learning_rate": 1e-9}
+    second = fit(tmp_path / "b", adapters=first.adapters, settings=going_on, evaluation=HELD_OUT)
     assert second.history[-1]["eval_loss"] == pytest.approx(
         first.history[-1]["eval_loss"], rel=1e-4
     )
