@@ -95,7 +95,8 @@ def test_smollm2(tmp_path):
     print(maxima)
     assert later <= 1e-4, maxima
     # The first token's hidden state has a few huge entries (an attention sink), in whose products
-    # fp32 rounding shows: against float64 the difference is 1.4e-4 here and 0.6e-4 in torch.
+    # fp32 rounding shows: against float64 the difference is 1.4e-4 here and 0.6e-4 in torch. Which
+    # products: docs/numbers.md.
     assert first <= 3e-4, maxima
     # transformers' own conversion leaves out the cutting of digits; elsewhere it must agree.
     theirs = transformers.AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
