@@ -43,6 +43,7 @@ def load(
     dtype         of the computation, and what weights that stay dense are cast to: by default
                   fp32 on CPU, bf16 elsewhere; norms stay fp32
     policy        which weights are quantized: by default every linear kernel but the output head
+                  and the routers of experts
     on_tensor     called for every tensor that was read, with how many there are in all
 
     Tensors are read and quantized one after the other: the host never holds more than the result

@@ -16,7 +16,7 @@ import numpy as np
 from qlora_jax.checkpoints.folder import new_file
 from qlora_jax.checkpoints.model import Model
 from qlora_jax.checkpoints.names import Parameter, parameters
-from qlora_jax.checkpoints.peft_experts import setting, split_experts
+from qlora_jax.checkpoints.peft_experts import fused_settings, setting, split_experts
 from qlora_jax.checkpoints.tensors import fault_of, open_safetensors, read_json
 from qlora_jax.errors import QloraError, missing
 from qlora_jax.lora import Adapters, LoraConfig, LoraWeights
@@ -164,6 +164,9 @@ def _describe(
             settings[name] = (adapter.rank, _number(adapter.scaling * divisor))
     usual = collections.Counter(settings.values()).most_common(1)
     rank, alpha = usual[0][0] if usual else (config.rank, config.alpha)
+    # These are always said, since PEFT would not take the usual ones for them.
+    fused = fused_settings(adapters, rslora=config.rslora)
+    settings |= {name: (r, _number(a)) for name, (r, a) in fused.items()}
     full = {table[p].hf_module for p, adapter in adapters.items() if _is_full(adapter)}
     embedded = "embed_tokens/embedding" in adapters and model.config.tie_word_embeddings
     return {
@@ -182,8 +185,12 @@ def _describe(
             for name in _targets(table[path], adapter)
         ),
         "modules_to_save": sorted(name.rpartition("{}.")[2] for name in full) or None,
-        "rank_pattern": {name: r for name, (r, _) in settings.items() if r != rank},
-        "alpha_pattern": {name: a for name, (_, a) in settings.items() if a != alpha},
+        "rank_pattern": {
+            name: r for name, (r, _) in settings.items() if r != rank or name in fused
+        },
+        "alpha_pattern": {
+            name: a for name, (_, a) in settings.items() if a != alpha or name in fused
+        },
         # The head of a tied model is the embedding, so what is added to one is added to both.
         "ensure_weight_tying": embedded,
         "bias": "none",

@@ -6,6 +6,7 @@ in files of weights, every expert has three modules of its own. Adapters are wri
 which PEFT reads too; this is for reading the other.
 """
 
+import math
 import re
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -14,6 +15,7 @@ import numpy as np
 
 from qlora_jax.checkpoints.names import Parameter
 from qlora_jax.errors import QloraError
+from qlora_jax.lora import Adapters, LoraWeights
 
 _PARTS = {"gate_up_proj": ("gate_proj", "up_proj"), "down_proj": ("down_proj",)}
 """A parameter of transformers -> what of ours it consists of, in the order of its rows."""
@@ -21,6 +23,32 @@ _KEY = re.compile(
     r"(?P<prefix>.*)model\.layers\.(?P<layer>\d+)\.mlp\."
     r"(?P<module>experts\.base_layer|experts|gate)\.lora_(?P<factor>[AB])\.weight"
 )
+
+
+def fused_settings(adapters: Adapters, *, rslora: bool) -> dict[str, tuple[int, float]]:
+    """Rank and alpha of what PEFT fuses the adapters of experts into, by a pattern of its name.
+
+    Left alone PEFT doubles the usual rank and alpha for gate and up, which is another scaling where
+    experts have a rank of their own, and with rsLoRA. Raises QloraError if gate and up differ in
+    their scaling: fused they have one.
+    """
+    found = {}
+    for name, parts in _PARTS.items():
+        weights = [adapters.get(f"layers/mlp/experts/{part}/kernel") for part in parts]
+        factors = [w for w in weights if isinstance(w, LoraWeights)]
+        if len(factors) < len(parts):
+            continue
+        scalings = {w.scaling for w in factors}
+        if len(scalings) > 1:
+            raise QloraError(
+                f"{' and '.join(parts)} of experts have the scalings {scalings}; PEFT fuses them, "
+                "so that they need the same"
+            )
+        (scaling,), rank = scalings, sum(w.rank for w in factors)
+        if isinstance(scaling, float | int):
+            # Before PEFT's own pattern ".*\.gate_up_proj", also where it has sorted them.
+            found[f"({name})"] = rank, scaling * (math.sqrt(rank) if rslora else rank)
+    return found
 
 
 def split_experts(
@@ -72,9 +100,14 @@ def split_experts(
         **about,
         "target_parameters": None,
         "target_modules": _and_also(about.get("target_modules"), targets),
-        "rank_pattern": {n: r for n, (r, _) in own.items()} | (about.get("rank_pattern") or {}),
-        "alpha_pattern": {n: a for n, (_, a) in own.items()} | (about.get("alpha_pattern") or {}),
+        "rank_pattern": _before({n: r for n, (r, _) in own.items()}, about.get("rank_pattern")),
+        "alpha_pattern": _before({n: a for n, (_, a) in own.items()}, about.get("alpha_pattern")),
     }
+
+
+def _before(own: dict[str, Any], patterns: Mapping[str, Any] | None) -> dict[str, Any]:
+    """Patterns of which `own` count first. PEFT leaves those in that experts had as modules."""
+    return own | {key: value for key, value in (patterns or {}).items() if key not in own}
 
 
 def _pieces(

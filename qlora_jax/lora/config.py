@@ -28,8 +28,9 @@ class LoraConfig:
     rslora: bool = False
     """Multiply by alpha / sqrt(rank) instead (arXiv:2312.03732)."""
     targets: str | tuple[str, ...] = "all-linear"
-    """What gets an adapter: all-linear (every linear kernel but the output head), names of modules
-    or ends of them (q_proj v_proj), or one regular expression for them."""
+    """What gets an adapter: all-linear (every linear kernel, those of experts too, but the output
+    head and routers), names of modules or ends of them (q_proj v_proj), or one regular expression
+    for them."""
     rank_pattern: Mapping[str, int] = dataclasses.field(default_factory=dict)
     """Name or regular expression -> rank, where it differs; the first that matches counts. Layers
     are stacked, so names have no layer number: layers.self_attn.q_proj, or its end."""

@@ -1,5 +1,6 @@
 """Adapters of stacked experts, as PEFT writes them, against the sum that PEFT defines."""
 
+import dataclasses
 import json
 from typing import Any
 
@@ -46,8 +47,14 @@ def write(folder: Any, wrappers: dict[str, str], **changes: Any) -> dict[str, np
         "lora_alpha": 8,
         "target_modules": [],
         "target_parameters": list(wrappers),
-        "rank_pattern": {r".*\.gate_up_proj": 2 * R},
-        "alpha_pattern": {r".*\.gate_up_proj": 12},
+        # The first is what is written here; the second PEFT adds; the others were of modules.
+        "rank_pattern": {
+            "(gate_up_proj)": 2 * R,
+            r".*\.gate_up_proj": 3,
+            "gate_proj": 1,
+            "w1": 1,
+        },
+        "alpha_pattern": {"(gate_up_proj)": 12, r".*\.gate_up_proj": 3},
     } | changes
     for name, wrapper in wrappers.items():
         rank = 2 * R if name == "gate_up_proj" else R
@@ -110,3 +117,20 @@ def test_a_model_without_experts_has_none(tmp_path):
     model = Model(config, models.abstract_params(config), None, "random", jnp.float32)
     with pytest.raises(QloraError, match="not supported: target_parameters"):
         qj.peft.load(tmp_path, model)
+
+
+def test_gate_and_up_share_a_scaling_with_peft(tmp_path):
+    """Written with the rank and alpha of the fused parameter; refused if there is no one alpha."""
+    model = make_model("mixtral")
+    model = dataclasses.replace(model, params=models.init_params(model.config, jax.random.key(0)))
+    config = qj.LoraConfig(rank=R, alpha=8, targets=("gate_proj", "up_proj"))
+    adapters = qj.lora.init(jax.random.key(0), model.params, config)
+    qj.peft.save(tmp_path / "same", adapters, model, config)
+    about = json.loads((tmp_path / "same" / "adapter_config.json").read_text())
+    assert about["target_modules"] == ["w1", "w3"]
+    assert about["rank_pattern"] == {"(gate_up_proj)": 2 * R}
+    assert about["alpha_pattern"] == {"(gate_up_proj)": 16}
+    path = "layers/mlp/experts/up_proj/kernel"
+    adapters[path] = dataclasses.replace(adapters[path], scaling=3.0)
+    with pytest.raises(QloraError, match="gate_proj and up_proj of experts have the scalings"):
+        qj.peft.save(tmp_path / "apart", adapters, model, config)
