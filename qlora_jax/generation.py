@@ -15,10 +15,13 @@ import jax.numpy as jnp
 import numpy as np
 
 from qlora_jax.checkpoints.model import Model
+from qlora_jax.checkpoints.seq2seq import Seq2SeqModel
 from qlora_jax.data import Message
 from qlora_jax.data.tokenize import Template, encode_prompt
 from qlora_jax.errors import QloraError
-from qlora_jax.models import Cache
+
+TextModel = Model | Seq2SeqModel
+"""What generates: anything with `start` and `extend`."""
 
 STREAM = 4
 """Tokens decoded in one call when streaming: more spread its overhead, fewer come smoother."""
@@ -51,7 +54,7 @@ class Sampling:
 
 
 def generate(
-    model: Model,
+    model: TextModel,
     prompts: Sequence[Sequence[int]],
     sampling: Sampling | None = None,
     *,
@@ -87,7 +90,7 @@ def generate(
 
 
 def stream(
-    model: Model, prompt: Sequence[int], sampling: Sampling | None = None, *, params: Any = None
+    model: TextModel, prompt: Sequence[int], sampling: Sampling | None = None, *, params: Any = None
 ) -> Iterator[str]:
     """The continuation of one prompt as text, piece by piece, never half a character.
 
@@ -109,7 +112,7 @@ def stream(
 
 
 def complete(
-    model: Model,
+    model: TextModel,
     conversations: Sequence[Sequence[Message]],
     sampling: Sampling | None = None,
     *,
@@ -125,7 +128,7 @@ def complete(
     if batch_size < 1:
         raise QloraError(f"batch_size must be at least 1, got {batch_size}")
     tokenizer, sampling = _tokenizer_of(model), sampling or Sampling()
-    prompts = [encode_prompt(tokenizer, messages, template) for messages in conversations]
+    prompts = [prompt_ids(model, messages, template) for messages in conversations]
     _check(model, prompts, sampling)
     # Prompts of like length together save padding; with the longest first, memory that does not
     # suffice shows at once.
@@ -139,6 +142,20 @@ def complete(
         for i, ids in zip(chosen, new, strict=False):
             answers[i] = _decode(tokenizer, ids)
     return answers
+
+
+def prompt_ids(
+    model: TextModel, messages: Sequence[Message], template: Template = "auto"
+) -> list[int]:
+    """What `generate` continues, or for an encoder-decoder answers: that ends with an end token.
+
+    Raises QloraError if the model has no tokenizer.
+    """
+    tokenizer = _tokenizer_of(model)
+    ids = encode_prompt(tokenizer, messages, template)
+    if isinstance(model, Seq2SeqModel) and tokenizer.eos_token_id is not None:
+        ids.append(tokenizer.eos_token_id)
+    return ids
 
 
 def choose(logits: jax.Array, sampling: Sampling, keys: jax.Array) -> jax.Array:
@@ -174,7 +191,7 @@ class _State:
     the row has ended, bool [B]; the number of steps made, int32 []; the row's random key [B].
     """
 
-    cache: Cache
+    cache: Any
     token: jax.Array
     done: jax.Array
     count: jax.Array
@@ -182,18 +199,17 @@ class _State:
 
 
 @functools.lru_cache(maxsize=16)
-def _programs(model: Model, sampling: Sampling, ends: tuple[int, ...]) -> tuple[Any, Any]:
+def _programs(model: TextModel, sampling: Sampling, ends: tuple[int, ...]) -> tuple[Any, Any]:
     """(start, decode), compiled once for a model without its parameters."""
     fill = ends[0] if ends else 0
 
-    def step(params: Any, state: _State, ids: jax.Array, mask: jax.Array | None = None) -> _State:
-        hidden, cache = model.hidden(params, ids, attention_mask=mask, cache=state.cache)
-        assert cache is not None
-        keys = jax.vmap(jax.random.fold_in, (0, None))(state.keys, state.count)
-        token = choose(model.head(params, hidden[:, -1]), sampling, keys)
-        token = jnp.where(state.done, fill, token)
-        done = state.done | jnp.isin(token, jnp.asarray(ends, jnp.int32))
-        return _State(cache, token, done, state.count + 1, state.keys)
+    def chosen(
+        logits: jax.Array, cache: Any, done: jax.Array, count: jax.Array, keys: jax.Array
+    ) -> _State:
+        draws = jax.vmap(jax.random.fold_in, (0, None))(keys, count)
+        token = jnp.where(done, fill, choose(logits, sampling, draws))
+        done = done | jnp.isin(token, jnp.asarray(ends, jnp.int32))
+        return _State(cache, token, done, count + 1, keys)
 
     @functools.partial(jax.jit, static_argnums=6)
     def start(
@@ -203,11 +219,11 @@ def _programs(model: Model, sampling: Sampling, ends: tuple[int, ...]) -> tuple[
         done: jax.Array,
         count: jax.Array,
         keys: jax.Array,
-        slots: int,
+        room: int,
     ) -> _State:
         """Reads the prompts [B, T], of which `count` tokens are generated, and chooses the next."""
-        cache = model.new_cache(ids.shape[0], slots)
-        return step(params, _State(cache, ids[:, -1], done, count, keys), ids, mask)
+        logits, cache = model.start(params, ids, mask, room)
+        return chosen(logits, cache, done, count, keys)
 
     @functools.partial(jax.jit, static_argnums=3, donate_argnums=1)
     def decode(params: Any, state: _State, count: int, room: int) -> tuple[_State, jax.Array]:
@@ -219,7 +235,8 @@ def _programs(model: Model, sampling: Sampling, ends: tuple[int, ...]) -> tuple[
 
         def body(carry: Any) -> Any:
             i, state, out = carry
-            state = step(params, state, state.token[:, None])
+            logits, cache = model.extend(params, state.token, state.cache)
+            state = chosen(logits, cache, state.done, state.count, state.keys)
             return i + 1, state, out.at[:, i].set(state.token)
 
         out = jnp.full((state.token.shape[0], room), fill, jnp.int32)
@@ -230,7 +247,7 @@ def _programs(model: Model, sampling: Sampling, ends: tuple[int, ...]) -> tuple[
 
 
 def _pieces(
-    model: Model,
+    model: TextModel,
     prompts: Sequence[Sequence[int]],
     sampling: Sampling,
     params: Any,
@@ -254,11 +271,10 @@ def _pieces(
     texts, left = [list(prompt) for prompt in prompts], sampling.max_new_tokens
     state, done, made = None, np.zeros(len(texts), bool), np.int32(0)
     while left and not np.all(done):
-        longest, change = max(map(len, texts)), model.config.changes_at
+        longest, change = max(map(len, texts)), model.changes_at
         if state is None or longest - 1 == change:
             ids, mask = _pad_left(texts)
-            slots = ids.shape[1] + _bucket(left - 1)
-            state = start(params, ids, mask, done, made, keys, slots)
+            state = start(params, ids, mask, done, made, keys, _bucket(left - 1))
             count, new = 1, np.asarray(state.token)[:, None]
         else:
             count = min(left, room)
@@ -271,9 +287,9 @@ def _pieces(
         left, done, made = left - count, np.asarray(state.done), made + np.int32(count)
 
 
-def _check(model: Model, prompts: Sequence[Sequence[int]], sampling: Sampling) -> None:
-    config, new = model.config, sampling.max_new_tokens
-    context, vocabulary = config.max_position_embeddings, config.vocab_size
+def _check(model: TextModel, prompts: Sequence[Sequence[int]], sampling: Sampling) -> None:
+    context, new = model.context, sampling.max_new_tokens
+    vocabulary = model.config.vocab_size
     for number, prompt in enumerate(prompts):
         if not len(prompt):
             raise QloraError(f"prompt {number} is empty; generation starts from at least one token")
@@ -282,7 +298,7 @@ def _check(model: Model, prompts: Sequence[Sequence[int]], sampling: Sampling) -
                 f"prompt {number} has ids from {min(prompt)} to {max(prompt)}, the model's "
                 f"vocabulary is 0 to {vocabulary - 1}; encode it with the model's own tokenizer"
             )
-        if len(prompt) + new > context:
+        if context is not None and len(prompt) + new > context:
             raise QloraError(
                 f"the {len(prompt)} tokens of prompt {number} and {new} new ones are more than the "
                 f"model's context of {context}; shorten the prompt or lower max_new_tokens"
@@ -305,7 +321,7 @@ def _bucket(n: int) -> int:
     return -(-n // unit) * unit
 
 
-def _end_tokens(model: Model, stop: Collection[int] | None = None) -> tuple[int, ...]:
+def _end_tokens(model: TextModel, stop: Collection[int] | None = None) -> tuple[int, ...]:
     ends = set(model.config.eos_token_id if stop is None else stop)
     if stop is None and model.tokenizer is not None and model.tokenizer.eos_token_id is not None:
         ends.add(model.tokenizer.eos_token_id)
@@ -317,7 +333,7 @@ def _until_end(row: np.ndarray, ends: tuple[int, ...]) -> list[int]:
     return row[: stops[0] if stops.size else len(row)].tolist()
 
 
-def _tokenizer_of(model: Model) -> Any:
+def _tokenizer_of(model: TextModel) -> Any:
     if model.tokenizer is None:
         raise QloraError(f"{model.source} has no tokenizer; generate from token ids instead")
     return model.tokenizer

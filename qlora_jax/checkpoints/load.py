@@ -17,10 +17,11 @@ from qlora_jax.checkpoints.gguf import GGUFFile
 from qlora_jax.checkpoints.hub import download
 from qlora_jax.checkpoints.model import Model
 from qlora_jax.checkpoints.names import OnTensor, Parameter, count_tensors, parameters
+from qlora_jax.checkpoints.seq2seq import Seq2SeqModel
 from qlora_jax.checkpoints.tensors import SafetensorsFolder, Tensors, fault_of, read_json
 from qlora_jax.checkpoints.torch_files import TorchFolder
 from qlora_jax.errors import QloraError
-from qlora_jax.models import read_config
+from qlora_jax.models import T5Config, family_of, read_config
 from qlora_jax.models.typed import entry
 from qlora_jax.quant import Policy, QuantConfig, QuantizedArray, quantize
 
@@ -32,8 +33,8 @@ def load(
     dtype: DTypeLike | None = None,
     policy: Policy | None = None,
     on_tensor: OnTensor | None = None,
-) -> Model:
-    """A model of one of `models.FAMILIES`, its linear weights in 4 bits.
+) -> Any:
+    """A `Model`, or a `Seq2SeqModel`, of one of `models.FAMILIES`, its linear weights in 4 bits.
 
     source        a folder with config.json and safetensors (dense, or in 4 bits by bitsandbytes)
                   or .bin files, a .gguf file, a folder that `save_quantized` wrote, or the name of
@@ -57,7 +58,7 @@ def load(
     if tensors is None:
         folder = locate(source)
         params = quantized.load_params(folder, config, quantization, dtype)
-        return Model(config, params, read_tokenizer(), str(source), dtype)
+        return _model(config, params, read_tokenizer(), str(source), dtype)
     if isinstance(tensors, BitsandbytesFolder):
         tensors.check(quantization, policy)
         quantization = None
@@ -68,10 +69,10 @@ def load(
         use = quantization if choose.selects(parameter.path, parameter.shape) else None
         leaf = OnDisk(parameter, tensors, use, dtype, lambda: on_tensor and on_tensor(total))
         _put(params, parameter.path, leaf.read())
-    return Model(config, params, tokens, str(source), dtype)
+    return _model(config, params, tokens, str(source), dtype)
 
 
-def load_lazily(source: str | Path) -> Model:
+def load_lazily(source: str | Path) -> Any:
     """As `load`, but every leaf of the parameters is an `OnDisk`: to be read, not to compute with.
 
     Weights have the type that they have there; a folder of `save_quantized` is read as a whole.
@@ -82,7 +83,13 @@ def load_lazily(source: str | Path) -> Model:
     params: dict[str, Any] = {}
     for parameter in parameters(config):
         _put(params, parameter.path, OnDisk(parameter, tensors, None, None))
-    return Model(config, params, read_tokenizer(), str(source), jnp.float32)
+    return _model(config, params, read_tokenizer(), str(source), jnp.float32)
+
+
+def _model(config: Any, *fields: Any) -> Any:
+    """The kind of model that the configuration is of."""
+    kind: Any = Seq2SeqModel if isinstance(config, T5Config) else Model
+    return kind(config, *fields)
 
 
 def _open(source: str | Path) -> tuple[Any, Tensors | None, Callable[[], Any]]:
@@ -100,6 +107,7 @@ def _open(source: str | Path) -> tuple[Any, Tensors | None, Callable[[], Any]]:
     if quantized.is_quantized_folder(path):
         return config, None, read_tokenizer
     tensors = _open_folder(path, config, already)
+    config = _with_its_head(config, tensors)
     _check(config, tensors)
     return config, tensors, read_tokenizer
 
@@ -110,6 +118,24 @@ def is_four_bit(source: str | Path) -> bool:
     if path.is_file():
         return False
     return quantized.is_quantized_folder(path) or _read_config(path)[1] is not None
+
+
+def _with_its_head(config: Any, tensors: Tensors) -> Any:
+    """The configuration of a T5, with its head untied if the file has another one than the table.
+
+    transformers 5 says of every T5 that it is tied, and goes by the tensors as we do here.
+    """
+    if not isinstance(config, T5Config) or not config.tie_word_embeddings:
+        return config
+    untied = dataclasses.replace(config, tie_word_embeddings=False)
+    table = {parameter.path: parameter for parameter in parameters(untied)}
+    both = [table[path] for path in ("shared/embedding", "lm_head/kernel")]
+    if not all(tensors.name(parameter, 0) in tensors.shapes() for parameter in both):
+        return config
+    shared, head = (tensors.read(parameter, 0) for parameter in both)
+    if isinstance(shared, QuantizedArray) or isinstance(head, QuantizedArray):
+        return untied
+    return config if np.array_equal(shared, head) else untied
 
 
 def _dtype(asked: DTypeLike | None) -> jnp.dtype:
@@ -174,6 +200,7 @@ def _check(config: Any, tensors: Tensors) -> None:
                 faults.append(
                     f"{name}: has the type {not_floating[name]}, expected floating-point numbers"
                 )
+    expected |= family_of(config).ignored
     surplus = [name for name in have if name not in expected and not tensors.ignorable(name)]
     faults += [f"{name}: surplus, nothing in a {config.model_type} uses it" for name in surplus]
     if faults:

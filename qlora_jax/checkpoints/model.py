@@ -2,7 +2,7 @@
 
 import dataclasses
 import functools
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 from jax.typing import DTypeLike
@@ -27,6 +27,9 @@ class Model:
     The functions take the parameters as an argument: `params`, or what `lora.attach` makes of them.
     All are pure and can be jit-compiled and differentiated.
     """
+
+    task_type: ClassVar[str] = "CAUSAL_LM"
+    """PEFT's name for what the model does."""
 
     config: DecoderConfig
     params: Any
@@ -117,10 +120,45 @@ class Model:
         """An empty cache for generating up to `length` tokens, prompt included."""
         return Cache.create(self.config, batch, length, self.dtype)
 
+    @property
+    def context(self) -> int | None:
+        """The most tokens that a sequence may have; None: no limit."""
+        return self.config.max_position_embeddings
+
+    @property
+    def changes_at(self) -> int | None:
+        """As the configuration says: the length beyond which earlier keys have to be made anew."""
+        return self.config.changes_at
+
+    def start(
+        self, params: Any, input_ids: jax.Array, attention_mask: jax.Array, room: int
+    ) -> tuple[jax.Array, Cache]:
+        """Logits [B, V] of the first token after the prompts [B, T], padded on the left, and a
+        cache of them with room for `room` tokens more."""
+        batch, time = input_ids.shape
+        cache = self.new_cache(batch, time + room)
+        return self._next(params, input_ids, attention_mask, cache)
+
+    def extend(self, params: Any, token: jax.Array, cache: Cache) -> tuple[jax.Array, Cache]:
+        """Logits [B, V] of what comes after `token` [B], and the extended cache."""
+        return self._next(params, token[:, None], None, cache)
+
+    def _next(
+        self, params: Any, ids: jax.Array, mask: jax.Array | None, cache: Cache
+    ) -> tuple[jax.Array, Cache]:
+        hidden, after = self.hidden(params, ids, attention_mask=mask, cache=cache)
+        assert after is not None
+        return self.head(params, hidden[:, -1]), after
+
     def __repr__(self) -> str:
-        leaves = jax.tree.leaves(self.params)
-        size = sum(leaf.size * leaf.dtype.itemsize for leaf in leaves)
-        return (
-            f"Model({self.config.model_type}, {self.config.num_hidden_layers} layers, "
-            f"{size / 1e6:.0f} MB, source={self.source!r})"
-        )
+        return describe(self, str(self.config.num_hidden_layers))
+
+
+def describe(model: Any, layers: str) -> str:
+    """One line for `repr`; layers: how many there are, in words."""
+    leaves = jax.tree.leaves(model.params)
+    size = sum(leaf.size * leaf.dtype.itemsize for leaf in leaves)
+    return (
+        f"{type(model).__name__}({model.config.model_type}, {layers} layers, "
+        f"{size / 1e6:.0f} MB, source={model.source!r})"
+    )

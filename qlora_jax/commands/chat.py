@@ -5,9 +5,8 @@ from pathlib import Path
 
 from qlora_jax.commands.options import ModelOptions, need_tokenizer, with_adapter
 from qlora_jax.data import Message
-from qlora_jax.data.tokenize import encode_prompt
 from qlora_jax.errors import QloraError
-from qlora_jax.generation import Sampling, stream
+from qlora_jax.generation import Sampling, prompt_ids, stream
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -47,7 +46,7 @@ class Chat(ModelOptions):
             messages.append(Message("user", text))
             pieces: list[str] = []
             try:
-                ids = encode_prompt(model.tokenizer, messages)
+                ids = prompt_ids(model, messages)
                 for piece in stream(model, ids, self.sampling, params=params):
                     pieces.append(piece)
                     print(piece, end="", flush=True)

@@ -6,9 +6,9 @@ from pathlib import Path
 
 from qlora_jax.commands.options import ModelOptions, need_tokenizer, with_adapter
 from qlora_jax.data import Message
-from qlora_jax.data.tokenize import Template, encode_prompt
+from qlora_jax.data.tokenize import Template
 from qlora_jax.errors import QloraError
-from qlora_jax.generation import Sampling, complete, stream
+from qlora_jax.generation import Sampling, complete, prompt_ids, stream
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -41,7 +41,7 @@ class Generate(ModelOptions):
         need_tokenizer(model)
         params = with_adapter(model, self.adapter)
         if self.prompt is not None:
-            ids = encode_prompt(model.tokenizer, [Message("user", self.prompt)], self.template)
+            ids = prompt_ids(model, [Message("user", self.prompt)], self.template)
             for piece in stream(model, ids, self.sampling, params=params):
                 print(piece, end="", flush=True)
             print()

@@ -124,7 +124,7 @@ def special_tokens(hf: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def special_tokens_to_hf(config: DecoderConfig) -> dict[str, Any]:
+def special_tokens_to_hf(config: Any) -> dict[str, Any]:
     """The inverse of `special_tokens`."""
     ends = list(config.eos_token_id)
     return {

@@ -11,11 +11,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jax.core import Tracer
 from jax.typing import DTypeLike
 
 from qlora_jax.models.attention import causal_mask, same_segment, within_window
-from qlora_jax.models.cache import Cache
+from qlora_jax.models.cache import Cache, check_room
 from qlora_jax.models.config import FULL, DecoderConfig
 
 Rotation = tuple[jax.Array, jax.Array]
@@ -125,7 +124,7 @@ class Decoder(nnx.Module):
         if cache is not None:
             if segment_ids is not None:
                 raise ValueError("packed sequences have no cache; give each a row of its own")
-            _check_room(cache, batch, time)
+            check_room(cache, batch, time)
             new = jnp.ones((batch, time), bool) if valid is None else valid
             valid = jax.lax.dynamic_update_slice(cache.valid, new, (0, start))
         windows = _layer_windows(config, slots)
@@ -210,13 +209,3 @@ def _layer_windows(config: DecoderConfig, slots: int) -> jax.Array | None:
     unlimited = np.iinfo(np.int32).max
     sizes = [unlimited if t == FULL else config.sliding_window for t in config.layer_types]
     return jnp.asarray(sizes, jnp.int32)
-
-
-def _check_room(cache: Cache, batch: int, time: int) -> None:
-    if cache.valid.shape[0] != batch:
-        raise ValueError(f"the cache holds {cache.valid.shape[0]} sequences, got {batch}")
-    used = 0 if isinstance(cache.index, Tracer) else int(cache.index)
-    if used + time > cache.length:
-        raise ValueError(
-            f"the cache has {cache.length} slots, {used} in use: no room for {time} tokens more"
-        )

@@ -1,4 +1,4 @@
-"""Cross-entropy of the next token, in chunks: logits of [B, T, V] never exist."""
+"""Cross-entropy of tokens, in chunks: logits of [B, T, V] never exist."""
 
 from collections.abc import Callable
 from typing import Any
@@ -20,29 +20,37 @@ Head = Callable[[Any, jax.Array], jax.Array]
 def causal_lm_loss(
     head: Head, head_params: Any, hidden: jax.Array, labels: jax.Array, *, chunk: int = CHUNK
 ) -> tuple[jax.Array, jax.Array]:
-    """Sum of the losses of all labelled tokens, and how many there are: two fp32 scalars.
+    """As `token_loss`, where position t of hidden [B, T, D] predicts labels[:, t + 1].
 
-    head         head(head_params, hidden [M, D]) -> logits [M, V]
-    head_params  pytree; a gradient is computed for those leaves only that are differentiated
-    hidden       [B, T, D]; position t predicts labels[:, t + 1]
-    labels       [B, T] int, not shifted; IGNORE where there is nothing to learn
-
-    Only labelled positions are multiplied by the head: they are brought to the front, and as many
-    chunks are computed as they fill. The gradient is taken chunk by chunk in the forward pass, so
-    that no chunk's logits are kept or computed again. Log-sum-exp in fp32. Raises QloraError for
-    labels of another shape, and for T = 1, where no position has a next token.
+    Raises QloraError for labels of another shape, and for T = 1, where no position has a next
+    token.
     """
-    if labels.shape != hidden.shape[:-1] or labels.ndim != 2:
-        raise QloraError(
-            f"hidden states [B, T, D] are {hidden.shape}, so labels [B, T] must be "
-            f"{hidden.shape[:-1]}, not {labels.shape}"
-        )
+    _check(hidden, labels)
     if labels.shape[1] < 2:
         raise QloraError(
             f"labels {labels.shape} have nothing to predict: a sequence needs at least two tokens"
         )
-    rows = hidden[:, :-1].reshape(-1, hidden.shape[-1])
-    targets = labels[:, 1:].reshape(-1)
+    return token_loss(head, head_params, hidden[:, :-1], labels[:, 1:], chunk=chunk)
+
+
+def token_loss(
+    head: Head, head_params: Any, hidden: jax.Array, labels: jax.Array, *, chunk: int = CHUNK
+) -> tuple[jax.Array, jax.Array]:
+    """Sum of the losses of all labelled tokens, and how many there are: two fp32 scalars.
+
+    head         head(head_params, hidden [M, D]) -> logits [M, V]
+    head_params  pytree; a gradient is computed for those leaves only that are differentiated
+    hidden       [B, T, D]; position t predicts labels[:, t]
+    labels       [B, T] int; IGNORE where there is nothing to learn
+
+    Only labelled positions are multiplied by the head: they are brought to the front, and as many
+    chunks are computed as they fill. The gradient is taken chunk by chunk in the forward pass, so
+    that no chunk's logits are kept or computed again. Log-sum-exp in fp32. Raises QloraError for
+    labels of another shape.
+    """
+    _check(hidden, labels)
+    rows = hidden.reshape(-1, hidden.shape[-1])
+    targets = labels.reshape(-1)
     counted = targets != IGNORE
     order = jnp.argsort(~counted, stable=True)
     order = jnp.pad(order, (0, -len(order) % chunk), mode="edge")
@@ -52,6 +60,14 @@ def causal_lm_loss(
     return _sum_over_chunks(head, head_params, rows, targets, count, chunk), count.astype(
         jnp.float32
     )
+
+
+def _check(hidden: jax.Array, labels: jax.Array) -> None:
+    if labels.shape != hidden.shape[:-1] or labels.ndim != 2:
+        raise QloraError(
+            f"hidden states [B, T, D] are {hidden.shape}, so labels [B, T] must be "
+            f"{hidden.shape[:-1]}, not {labels.shape}"
+        )
 
 
 def _sum_over_chunks(

@@ -85,6 +85,11 @@ def fit(
     examples longer than the settings' sequence length or the model's context, for ids outside its
     vocabulary, and if the loss or the gradient is not finite; then no adapter is saved.
     """
+    if not isinstance(model, Model):
+        raise QloraError(
+            f"{model!r}: fit trains decoders, on examples that a prompt and its answer make up "
+            "together; for this one write the loop with make_train_step(model.loss, ...)"
+        )
     output = Path(output)
     if (output / peft.WEIGHTS).exists():
         raise QloraError(f"{output}: has an adapter already; choose another folder, or delete it")
