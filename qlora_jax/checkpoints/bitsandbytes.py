@@ -19,6 +19,8 @@ from qlora_jax.quant import Policy, QuantConfig, QuantizedArray, bnb, quantize
 
 logger = logging.getLogger("qlora_jax.load")
 METHOD = "bitsandbytes"
+# Any of these types may carry the bytes (bnb_4bit_quant_storage).
+_STORAGE = {"U8": 1, "I8": 1, "F16": 2, "BF16": 2, "F32": 4}
 _STATE = re.compile(r"(?P<weight>.+)\.quant_state\.bitsandbytes__\w+")
 
 
@@ -120,8 +122,9 @@ class BitsandbytesFolder(SafetensorsFolder):
             have = (self._types.get(part), math.prod(self._shapes.get(part, (0,))))
             if have != (kind, size):
                 faults.append(f"{part}: {have[1]} of type {have[0]}, expected {size} of {kind}")
-        if weight not in self._shapes:
-            faults.append(f"{weight}: missing")
+        kind, size = self._types.get(weight), math.prod(self._shapes.get(weight, (0,)))
+        if size * _STORAGE.get(kind or "", 0) != (wanted := -(-math.prod(state.shape) // 2)):
+            faults.append(f"{weight}: {size} of type {kind}, expected {wanted} bytes of codes")
         return faults
 
     def _place(self, parameter: Parameter) -> None:
@@ -162,7 +165,6 @@ class BitsandbytesFolder(SafetensorsFolder):
         for suffix, x in tensors.items():
             if suffix != "packed" and not np.isfinite(x).all():
                 raise QloraError(f"{name}.{suffix}: not finite; check the checkpoint")
-        # Any type may carry the bytes (bnb_4bit_quant_storage).
         packed = np.ascontiguousarray(tensors["packed"]).reshape(-1)
         tensors["packed"] = packed.view(np.uint8)
         if state.offset is not None:

@@ -1,11 +1,14 @@
 """Models by their names on the Hugging Face hub."""
 
+import functools
 import re
 from pathlib import Path
 
 from qlora_jax.errors import QloraError, missing, reason
 
 _FILES = ("*.json", "*.safetensors", "*.jinja", "tokenizer*", "*.model", "vocab*", "merges.txt")
+# What torch.save wrote, where nothing better is there.
+_OLD = ("pytorch_model*.bin",)
 # The same weights once more, in the layout of their authors' own programs.
 _NOT = ("consolidated*", "original/*")
 _NAME = r"[\w.-]+/[\w.-]+"
@@ -23,10 +26,13 @@ def download(name: str) -> Path:
     except ModuleNotFoundError as error:
         raise missing("huggingface_hub", f"downloading {name}", "hf") from error
     try:
-        folder = huggingface_hub.snapshot_download(
-            name, allow_patterns=list(_FILES), ignore_patterns=list(_NOT)
+        fetch = functools.partial(
+            huggingface_hub.snapshot_download, name, ignore_patterns=list(_NOT)
         )
-        return Path(folder)
+        folder = Path(fetch(allow_patterns=list(_FILES)))
+        if not any(folder.glob("model*.safetensors")):
+            fetch(allow_patterns=list(_OLD))
+        return folder
     # The hub's client raises errors of its own, of httpx and of requests, by version.
     except Exception as error:
         raise QloraError(

@@ -177,7 +177,7 @@ def _read_config(folder: Path) -> tuple[Any, Mapping[str, Any] | None]:
 
 def _open_folder(folder: Path, config: Any, already: Mapping[str, Any] | None) -> Tensors:
     """Safetensors where there are any; what torch wrote needs torch, and is read all the same."""
-    if not any(folder.glob("*.safetensors*")) and any(folder.glob("pytorch_model*.bin*")):
+    if not any(folder.glob("model*.safetensors*")) and any(folder.glob("pytorch_model*.bin*")):
         if already:
             raise QloraError(f"{folder}: 4-bit weights are read from safetensors only")
         return TorchFolder(folder)

@@ -18,6 +18,7 @@ from qlora_jax.checkpoints.model import Model
 from qlora_jax.checkpoints.names import Parameter, parameters
 from qlora_jax.checkpoints.peft_experts import fused_settings, setting, split_experts
 from qlora_jax.checkpoints.tensors import fault_of, open_safetensors, read_json
+from qlora_jax.checkpoints.torch_files import load_tensors, to_numpy
 from qlora_jax.errors import QloraError, missing
 from qlora_jax.lora import Adapters, LoraConfig, LoraWeights
 from qlora_jax.lora.adapters import named_leaves
@@ -26,6 +27,8 @@ from qlora_jax.models.typed import checked, entry, needed
 from qlora_jax.quant import QuantizedArray, path_str
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+OLD_WEIGHTS = "adapter_model.bin"
+"""What torch.save wrote; read where torch is installed and there are no safetensors."""
 _PREFIX = "base_model.model."
 _KEY = re.compile(r"(?P<module>.+)\.(?P<what>lora_A\.weight|lora_B\.weight|lora_embedding_[AB])")
 # What PEFT can do to a LoRA that we cannot; its value where it does nothing.
@@ -216,12 +219,7 @@ def load(folder: str | Path, model: Model) -> tuple[Adapters, LoraConfig]:
     folder = Path(folder)
     about = read_json(folder / CONFIG)
     _check_supported(about, folder / CONFIG)
-    if not (folder / WEIGHTS).is_file():
-        pickled = (folder / "adapter_model.bin").is_file()
-        hint = "; adapter_model.bin is a pickle, which is not read" if pickled else ""
-        raise QloraError(f"{folder / WEIGHTS} is not there{hint}")
-    with open_safetensors(folder / WEIGHTS) as file:
-        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    tensors = _read_tensors(folder)
     if model.config.tie_word_embeddings and about.get("ensure_weight_tying"):
         for name, x in _tied_head(tensors).items():
             if name in tensors and np.array_equal(tensors[name], x):
@@ -240,6 +238,15 @@ def load(folder: str | Path, model: Model) -> tuple[Adapters, LoraConfig]:
         return reading.adapters, reading.config()
     except QloraError as error:
         raise QloraError(f"{folder / CONFIG}: {error}") from error
+
+
+def _read_tensors(folder: Path) -> dict[str, np.ndarray]:
+    if (folder / WEIGHTS).is_file():
+        with open_safetensors(folder / WEIGHTS) as file:
+            return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    if not (folder / OLD_WEIGHTS).is_file():
+        raise QloraError(f"{folder}: neither {WEIGHTS} nor {OLD_WEIGHTS} is there")
+    return {name: to_numpy(x) for name, x in load_tensors(folder / OLD_WEIGHTS).items()}
 
 
 def _check_supported(about: Mapping[str, Any], where: Path) -> None:

@@ -2,11 +2,11 @@
 
 import dataclasses
 import json
-from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 
+from qlora_jax.checkpoints.tensors import parse_json
 from qlora_jax.errors import QloraError
 from qlora_jax.models.typed import checked, needed
 from qlora_jax.quant import QuantConfig, codebooks
@@ -77,12 +77,7 @@ class QuantState:
     @classmethod
     def from_bytes(cls, raw: np.ndarray) -> "QuantState":
         """The inverse; QloraError for anything that bitsandbytes would not write."""
-        try:
-            content = json.loads(raw.tobytes().decode())
-        except ValueError as error:
-            raise QloraError(f"not JSON ({error})") from error
-        if not isinstance(content, Mapping):
-            raise QloraError(f"expected a JSON object, found {content!r}")
+        content = parse_json(raw.tobytes())
         codebook: Any = needed(content, "quant_type", str)  # which QuantConfig checks
         shape = [checked("shape", size, int) for size in needed(content, "shape", list)]
         if len(shape) != 2 or min(shape) < 1:

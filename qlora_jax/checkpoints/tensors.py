@@ -158,15 +158,21 @@ def _read_index(index: Path) -> dict[str, Path]:
 def read_json(path: Path) -> dict[str, Any]:
     """The JSON object in a file; QloraError if it holds anything else."""
     try:
-        content = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=_unique)
+        return parse_json(path.read_bytes())
     except FileNotFoundError as error:
         raise QloraError(f"{path} is not there") from error
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise QloraError(f"{path}: not JSON ({error})") from error
-    except (QloraError, RecursionError) as error:
+    except QloraError as error:
         raise QloraError(f"{path}: {error}") from error
+
+
+def parse_json(text: bytes) -> dict[str, Any]:
+    """The JSON object that a text is; QloraError if it is anything else."""
+    try:
+        content = json.loads(text.decode("utf-8"), object_pairs_hook=_unique)
+    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
+        raise QloraError(f"not JSON ({error})") from error
     if not isinstance(content, dict):
-        raise QloraError(f"{path}: expected a JSON object, found {type(content).__name__}")
+        raise QloraError(f"expected a JSON object, found {type(content).__name__}")
     return content
 
 

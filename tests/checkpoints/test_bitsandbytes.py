@@ -1,5 +1,6 @@
 """bitsandbytes' 4-bit folders: codes and scales in, the same codes and scales out."""
 
+import dataclasses
 import json
 import logging
 import shutil
@@ -13,9 +14,10 @@ from safetensors.numpy import load_file, save_file
 
 import qlora_jax as qj
 from qlora_jax import models
-from qlora_jax.checkpoints import shards
+from qlora_jax.checkpoints import bitsandbytes, shards
 from qlora_jax.checkpoints.bitsandbytes_export import save_bitsandbytes
 from qlora_jax.checkpoints.model import Model
+from qlora_jax.checkpoints.names import parameters
 from qlora_jax.lora.adapters import named_leaves
 from tests import bitsandbytes_files, tiny
 
@@ -188,8 +190,10 @@ def state(folder: Path, **changes: object) -> dict[str, np.ndarray]:
     [
         (lambda f: {f"{Q_PROJ}.absmax": None}, r"absmax: 0 of type None, expected 64 of U8"),
         (lambda f: {f"{Q_PROJ}.absmax": np.ones(64, np.float32)}, "64 of type F32, expected 64 of"),
-        (lambda f: {Q_PROJ: None}, rf"{Q_PROJ}: missing"),
-        (lambda f: {Q_PROJ: np.zeros(7, np.uint8)}, r"7 packed bytes and 64 scales of 64"),
+        (lambda f: {Q_PROJ: None}, rf"{Q_PROJ}: 0 of type None, expected 2048 bytes"),
+        (lambda f: {Q_PROJ: np.zeros(7, np.uint8)}, "7 of type U8, expected 2048 bytes of codes"),
+        (lambda f: {Q_PROJ: np.zeros(2048, np.float32)}, "2048 of type F32, expected 2048 bytes"),
+        (lambda f: {STATE: np.frombuffer(b"[" * 99999, np.uint8)}, "bitsandbytes__nf4: not JSON"),
         (lambda f: {STATE: np.frombuffer(b"{", np.uint8)}, "bitsandbytes__nf4: not JSON"),
         (lambda f: {STATE: np.frombuffer(b"[]", np.uint8)}, "expected a JSON object"),
         (lambda f: state(f, quant_type="fp4"), "nf4: is of QuantConfig.*fp4"),
@@ -205,7 +209,8 @@ def state(folder: Path, **changes: object) -> dict[str, np.ndarray]:
         (lambda f: {f"{Q_PROJ}.nested_absmax": np.full(1, np.nan, np.float32)}, "not finite"),
         (lambda f: {f"{Q_PROJ}.ghost": np.zeros(1, np.float32)}, "ghost: surplus"),
     ],
-    ids=["no scales", "other scales", "no codes", "few codes", "no JSON", "a list", "another code",
+    ids=["no scales", "other scales", "no codes", "few codes", "many codes", "deep JSON", "no JSON",
+         "a list", "another code",
          "unknown code", "block size", "type", "one axis", "another shape", "nested blocks",
          "no offset", "another table", "NaN", "surplus"],
 )  # fmt: skip
@@ -213,6 +218,22 @@ def test_packed_weights_that_are_not_whole(damage, message, copy):
     change(copy, **damage(copy))
     with pytest.raises(qj.QloraError, match=message):
         qj.load(copy)
+
+
+def test_kernels_that_dense_files_hold_the_other_way_round(folder, monkeypatch):
+    """GPT-2's Conv1D: [in, out] in dense files, packed like all others."""
+
+    def turned(config):
+        for p in parameters(config):
+            turn = p.path == "layers/self_attn/k_proj/kernel"
+            yield dataclasses.replace(p, transposed=p.transposed and not turn)
+
+    monkeypatch.setattr(bitsandbytes, "parameters", turned)
+    monkeypatch.setattr("qlora_jax.checkpoints.load.parameters", turned)
+    kernel = qj.load(folder).params["layers"]["self_attn"]["k_proj"]["kernel"]
+    name = "model.layers.1.self_attn.k_proj.weight"
+    ours = np.asarray(kernel.dequantize()[1]).T
+    np.testing.assert_array_equal(ours, bitsandbytes_files.dense(tensors_of(folder), name))
 
 
 def test_tables_may_differ_in_their_last_bits(copy, caplog):

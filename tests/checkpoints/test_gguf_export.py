@@ -1,5 +1,6 @@
 """GGUF files written: what is read from them again is what the model was, tokenizer included."""
 
+import dataclasses
 import json
 import logging
 from pathlib import Path
@@ -97,6 +98,13 @@ def test_the_model_comes_back(variant, tmp_path):
     assert again.config == model.config
     assert again.tokenizer is None
     assert_same_params(model.params, again.params)
+
+
+def test_a_mistral_without_a_window_is_a_llama(tmp_path):
+    model = random_model(model_type="mistral", sliding_window=None)
+    save_gguf(tmp_path / "m.gguf", model, kind="f32")
+    config = GGUFFile(tmp_path / "m.gguf").config
+    assert config == dataclasses.replace(model.config, model_type="llama")
 
 
 def rounded(path: str, x: Any, kind: str) -> np.ndarray:

@@ -217,7 +217,7 @@ def test_a_tokenizer_that_cannot_be_read(file, content, copy):
     assert "\n" not in str(error.value)
 
 
-def test_what_is_not_downloaded(monkeypatch):
+def test_what_is_not_downloaded(monkeypatch, tmp_path):
     """Repositories that hold the weights twice are fetched once."""
     import fnmatch
 
@@ -225,9 +225,10 @@ def test_what_is_not_downloaded(monkeypatch):
 
     given = {}
     monkeypatch.setattr(
-        huggingface_hub, "snapshot_download", lambda name, **more: given.update(more) or "there"
+        huggingface_hub, "snapshot_download", lambda name, **more: given.update(more) or tmp_path
     )
-    assert hub.download("owner/model") == Path("there")
+    (tmp_path / "model.safetensors").touch()
+    assert hub.download("owner/model") == tmp_path
 
     def fetched(file: str) -> bool:
         """huggingface_hub.utils.filter_repo_objects' rule."""
@@ -239,6 +240,20 @@ def test_what_is_not_downloaded(monkeypatch):
     for file in ("consolidated.safetensors", "consolidated-00001-of-00002.safetensors"):
         assert not fetched(file)
     assert not fetched("original/params.json") and not fetched("original/tokenizer.model")
+    assert not fetched("pytorch_model.bin")
+
+
+def test_what_torch_wrote_is_downloaded_where_nothing_better_is_there(monkeypatch, tmp_path):
+    import huggingface_hub
+
+    asked: list[str] = []
+    monkeypatch.setattr(
+        huggingface_hub,
+        "snapshot_download",
+        lambda name, **more: asked.append(more["allow_patterns"]) or tmp_path,
+    )
+    assert hub.download("owner/model") == tmp_path
+    assert len(asked) == 2 and asked[1] == ["pytorch_model*.bin"]
 
 
 def test_sources_that_are_not_there(tmp_path):

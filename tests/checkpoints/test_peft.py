@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import sys
 from pathlib import Path
 
 import jax
@@ -241,11 +242,15 @@ def test_a_tied_embedding_needs_weight_tying(model, tmp_path):
         qj.peft.load(tmp_path, model)
 
 
-def test_faults(model, saved, tmp_path):
+def test_faults(model, saved, tmp_path, monkeypatch):
     with pytest.raises(qj.QloraError, match="adapter_config.json is not there"):
         qj.peft.load(tmp_path / "nowhere", model)
     (saved / "adapter_model.safetensors").rename(saved / "adapter_model.bin")
-    with pytest.raises(qj.QloraError, match="pickle"):
+    monkeypatch.setitem(sys.modules, "torch", None)  # which import then does not find
+    with pytest.raises(qj.QloraError, match=r"adapter_model\.bin needs the package torch"):
+        qj.peft.load(saved, model)
+    (saved / "adapter_model.bin").unlink()
+    with pytest.raises(qj.QloraError, match=r"neither adapter_model\.safetensors nor adapter_mod"):
         qj.peft.load(saved, model)
     with pytest.raises(qj.QloraError, match="no parameters"):
         qj.peft.save(tmp_path / "b", {"nothing/kernel": jnp.zeros(3)}, model)

@@ -7,6 +7,7 @@ from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
+import peft
 import pytest
 import torch
 import transformers
@@ -175,6 +176,23 @@ def test_what_torch_wrote_may_not_run_anything(tmp_path):
     (tmp_path / "model.safetensors").write_bytes(b"")  # wins over .bin, whatever it holds
     with pytest.raises(qj.QloraError, match="cannot be read as safetensors"):
         qj.load(tmp_path)
+
+
+def test_an_adapter_that_torch_wrote(tmp_path):
+    """adapter_model.bin, as PEFT wrote it before safetensors and does when asked."""
+    peer = random_peer(peer_config("llama 1 and 2"))
+    peer.save_pretrained(tmp_path / "base")
+    lora = peft.LoraConfig(r=4, target_modules=["q_proj"], init_lora_weights=False)
+    adapted = peft.get_peft_model(peer, lora)
+    for safe in (True, False):
+        adapted.save_pretrained(tmp_path / str(safe), safe_serialization=safe)
+    assert not (tmp_path / "False" / "adapter_model.safetensors").exists()
+    model = qj.load(tmp_path / "base")
+    first, second = (qj.peft.load(tmp_path / name, model) for name in ("True", "False"))
+    assert first[1] == second[1]
+    (a,), (b,) = first[0].values(), second[0].values()
+    np.testing.assert_array_equal(a.b, b.b)
+    np.testing.assert_array_equal(a.a, b.a)
 
 
 @pytest.mark.parametrize("variant", ["llama 1 and 2", "qwen2", "qwen3"])
