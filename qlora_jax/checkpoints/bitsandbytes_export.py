@@ -1,5 +1,6 @@
 """A model written as a 4-bit folder, as transformers and bitsandbytes write it themselves."""
 
+import logging
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -20,6 +21,7 @@ from qlora_jax.lora import LoraArray
 from qlora_jax.lora.adapters import named_leaves
 from qlora_jax.quant import QuantConfig, QuantizedArray, bnb
 
+logger = logging.getLogger("qlora_jax.export")
 Storage = Literal["uint8", "float16", "bfloat16", "float32"]
 
 
@@ -37,9 +39,10 @@ def save_bitsandbytes(
     params: the tree to write, `model.params` by default. dtype: of the weights that are dense, by
     default what the 4-bit ones were made from. storage: the type that the packed bytes are viewed
     as (bnb_4bit_quant_storage). Weights that bitsandbytes has no 4-bit form for (K no multiple of
-    the block, embeddings) are written dense, and their modules listed as skipped. Raises QloraError
-    if `folder` is there and not empty, if there is not exactly one 4-bit format in the tree, for
-    attached adapters, for 4-bit experts, and for dense weights that are not finite in `dtype`.
+    the block, embeddings) are written dense, their modules listed as skipped, and a warning is
+    logged. Raises QloraError if `folder` is there and not empty, if there is not exactly one 4-bit
+    format in the tree, for attached adapters, for 4-bit experts, and for dense weights that are not
+    finite in `dtype`.
     """
     if storage not in get_args(Storage):
         raise QloraError(f"storage is {storage!r}; expected one of {', '.join(get_args(Storage))}")
@@ -100,12 +103,15 @@ def _fits(parameter: Parameter, x: Any) -> bool:
 
 def _skipped(model: Model, leaves: Mapping[str, Any]) -> list[str] | None:
     """llm_int8_skip_modules: all linear modules that are dense, None if that is the head alone."""
-    skipped = [
-        parameter.module(layer)
-        for parameter in parameters(model.config)
-        if parameter.kernel and not _fits(parameter, leaves[parameter.path])
-        for layer in range(parameter.layers)
-    ]
+    skipped: list[str] = []
+    for parameter in parameters(model.config):
+        leaf = leaves[parameter.path]
+        if _fits(parameter, leaf):
+            continue
+        if isinstance(leaf, QuantizedArray):
+            logger.warning("%s: written dense, having no 4-bit form there", parameter.hf_module)
+        if parameter.kernel:
+            skipped += [parameter.module(layer) for layer in range(parameter.layers)]
     if model.config.tie_word_embeddings:
         skipped.append("lm_head")
     return None if skipped == ["lm_head"] else skipped

@@ -288,11 +288,14 @@ def test_what_cannot_be_written(base, folder, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
-def test_what_has_no_4_bit_form_is_written_dense(base, tmp_path):
+def test_what_has_no_4_bit_form_is_written_dense(base, tmp_path, caplog):
     """Blocks of 128 over 64 inputs are ours alone; what they stand for is kept."""
     only = qj.Policy(include=".*/(up|down)_proj/kernel")
     model = qj.load(base, quantization=qj.NF4(block_size=128), policy=only)
-    save_bitsandbytes(tmp_path / "out", model)
+    with caplog.at_level(logging.WARNING, "qlora_jax"):
+        save_bitsandbytes(tmp_path / "out", model)
+    (record,) = caplog.records
+    assert "mlp.up_proj: written dense" in record.getMessage()
     again = qj.load(tmp_path / "out")
     for module in ("up_proj", "down_proj"):
         x, y = (m.params["layers"]["mlp"][module]["kernel"] for m in (model, again))

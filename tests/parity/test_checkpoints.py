@@ -127,6 +127,18 @@ def test_bitsandbytes_loads_what_was_quantized_here(tmp_path):
     assert kinds == ("Linear4bit", "Linear")
 
 
+def test_bitsandbytes_beside_dense_experts(tmp_path):
+    """transformers 5 keeps experts dense, which are then a leaf like any other."""
+    sizes = {"intermediate_size": 64, "num_hidden_layers": 2, "num_local_experts": 2}
+    random_peer(transformers.MixtralConfig(**(SMALL | sizes))).save_pretrained(tmp_path / "base")
+    four_bits(tmp_path / "base", tmp_path / "theirs", torch.float32)
+    model = qj.load(tmp_path / "theirs")
+    experts = model.params["layers"]["mlp"]["experts"]["up_proj"]["kernel"]
+    assert not isinstance(experts, qj.QuantizedArray)
+    save_bitsandbytes(tmp_path / "again", model)
+    assert_same_tensors(tmp_path / "theirs", tmp_path / "again")
+
+
 @pytest.mark.parametrize("shards", [False, True])
 def test_what_torch_wrote(shards, tmp_path):
     """pytorch_model.bin and its shards, as transformers wrote them until version 4."""
