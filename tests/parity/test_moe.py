@@ -5,6 +5,7 @@ from typing import Any
 import pytest
 import transformers
 
+import qlora_jax as qj
 from tests.parity.decoders import (
     SMALL,
     check_adapters,
@@ -102,7 +103,14 @@ def test_greedy(variant, tmp_path):
 
 # PEFT looks for its own pattern of a fused parameter among modules first.
 @pytest.mark.filterwarnings("default:The following (rank|alpha)_pattern keys:RuntimeWarning")
-@pytest.mark.parametrize("variant", FAMILIES)
-def test_adapters(variant, tmp_path):
+@pytest.mark.parametrize(
+    ("variant", "config"),
+    [
+        ("mixtral", qj.LoraConfig(rank=4, alpha=8)),
+        # Twice the experts' rank is the usual one.
+        ("qwen3", qj.LoraConfig(rank=4, alpha=8, rslora=True, rank_pattern={r"experts\..*": 2})),
+    ],
+)
+def test_adapters(variant, config, tmp_path):
     """Of every expert; PEFT reads an adapter for each, and writes one for all of a layer."""
-    check_adapters(pair(peer_config(variant), tmp_path / "base").folder, tmp_path)
+    check_adapters(pair(peer_config(variant), tmp_path / "base").folder, tmp_path, config)
