@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,7 @@ from qlora_jax.checkpoints.seq2seq import Seq2SeqModel
 from qlora_jax.checkpoints.tensors import SafetensorsFolder, Tensors, fault_of, read_json
 from qlora_jax.checkpoints.torch_files import TorchFolder
 from qlora_jax.errors import QloraError
-from qlora_jax.models import T5Config, family_of, read_config
+from qlora_jax.models import family_of, read_config
 from qlora_jax.models.typed import entry
 from qlora_jax.quant import Policy, QuantConfig, QuantizedArray, quantize
 
@@ -200,8 +201,12 @@ def _check(config: Any, tensors: Tensors) -> None:
                 faults.append(
                     f"{name}: has the type {not_floating[name]}, expected floating-point numbers"
                 )
-    expected |= family_of(config).ignored
-    surplus = [name for name in have if name not in expected and not tensors.ignorable(name)]
+    unused = family_of(config).unused
+    surplus = [
+        name
+        for name in have
+        if name not in expected and not tensors.ignorable(name) and not re.fullmatch(unused, name)
+    ]
     faults += [f"{name}: surplus, nothing in a {config.model_type} uses it" for name in surplus]
     if faults:
         raise QloraError(

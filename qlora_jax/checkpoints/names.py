@@ -43,6 +43,7 @@ class Parameter:
     hf_module   "model.layers.{}.self_attn.q_proj", also PEFT's name for it; a {} for every axis
                 along which the leaf is stacked
     suffix      "weight" or "bias", as files have it
+    aliases     what else files may call the module
 
     A layer, here and below, is one of the tensors in files that make up the leaf; they are counted
     through where it is stacked along several axes (layers and experts), the last going fastest.
@@ -53,6 +54,7 @@ class Parameter:
     transposed: bool
     hf_module: str
     suffix: str
+    aliases: tuple[str, ...] = ()
 
     @property
     def kernel(self) -> bool:
@@ -90,6 +92,11 @@ class Parameter:
     def hf_name(self, layer: int) -> str:
         return f"{self.module(layer)}.{self.suffix}"
 
+    def hf_names(self, layer: int) -> list[str]:
+        """Every name that a file may have for it, the usual one first."""
+        at = self.at(layer)
+        return [f"{name.format(*at)}.{self.suffix}" for name in (self.hf_module, *self.aliases)]
+
     def gguf_name(self, layer: int) -> str:
         return f"{_GGUF[self.hf_module].format(*self.at(layer))}.{self.suffix}"
 
@@ -107,9 +114,14 @@ def parameters(config: Any) -> Iterator[Parameter]:
         module, _, kind = name.rpartition("/")
         suffix = "bias" if kind == "bias" else "weight"
         transposed = kind == "kernel" and module.rpartition("/")[2] not in family.as_stored
-        yield Parameter(
-            name, tuple(leaf.shape), transposed, _hf_module(family.names, module), suffix
+        hf_module = _hf_module(family.names, module)
+        aliases = tuple(
+            other + hf_module.removeprefix(begin)
+            for begin, others in family.prefixes.items()
+            if hf_module.startswith(begin)
+            for other in others
         )
+        yield Parameter(name, tuple(leaf.shape), transposed, hf_module, suffix, aliases)
 
 
 OnTensor = Callable[[int], None]

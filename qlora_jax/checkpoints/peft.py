@@ -23,6 +23,7 @@ from qlora_jax.errors import QloraError, missing
 from qlora_jax.lora import Adapters, LoraConfig, LoraWeights
 from qlora_jax.lora.adapters import named_leaves
 from qlora_jax.lora.targets import module_name
+from qlora_jax.models import Family, family_of
 from qlora_jax.models.typed import checked, entry, needed
 from qlora_jax.quant import QuantizedArray, path_str
 
@@ -69,7 +70,7 @@ def save(
         )
     tensors = {_PREFIX + name: x for name, x in _tensors(adapters, table, model)}
     if model.config.tie_word_embeddings:
-        tensors |= _tied_head(tensors)
+        tensors |= _tied_head(tensors, family_of(model.config))
     description = _describe(adapters, table, model, config or LoraConfig())
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
@@ -101,21 +102,21 @@ def _tensors(
             yield f"{module}.{names[1]}", _contiguous(adapter.b[at].T)
 
 
-_TABLE, _HEAD = f"{_PREFIX}model.embed_tokens.", f"{_PREFIX}lm_head."
 # What PEFT stores of a tied head, and of which tensor of the embedding it is the transpose.
 _TIED = {"lora_A.weight": "lora_embedding_B", "lora_B.weight": "lora_embedding_A"}
 
 
-def _tied_head(tensors: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+def _tied_head(tensors: Mapping[str, np.ndarray], family: Family) -> dict[str, np.ndarray]:
     """The head's tensors, which under ensure_weight_tying repeat those of the embedding."""
-    head = {
-        _HEAD + ours: np.ascontiguousarray(tensors[_TABLE + theirs].T)
+    table, head = (f"{_PREFIX}{family.names[m]}." for m in ("embed_tokens", "lm_head"))
+    out = {
+        head + ours: np.ascontiguousarray(tensors[table + theirs].T)
         for ours, theirs in _TIED.items()
-        if _TABLE + theirs in tensors
+        if table + theirs in tensors
     }
-    if f"{_TABLE}weight" in tensors:
-        head[f"{_HEAD}weight"] = tensors[f"{_TABLE}weight"].copy()
-    return head
+    if f"{table}weight" in tensors:
+        out[f"{head}weight"] = tensors[f"{table}weight"].copy()
+    return out
 
 
 def _layers(parameter: Parameter, adapter: Any) -> list[int]:
@@ -126,12 +127,23 @@ def _layers(parameter: Parameter, adapter: Any) -> list[int]:
     return list(layers)
 
 
-def _targets(parameter: Parameter, adapter: LoraWeights) -> set[str]:
-    """What target_modules says of it: its last name, or whole names if only some layers have it."""
-    layers = _layers(parameter, adapter)
-    if len(layers) == parameter.layers:
-        return {parameter.hf_module.rpartition(".")[2]}
-    return {parameter.module(layer) for layer in layers}
+def _targets(parameter: Parameter, adapters: Adapters, table: Mapping[str, Parameter]) -> set[str]:
+    """What target_modules says of it: its last name, or more of it where that is not enough.
+
+    The name within a layer if others with the same last name have no adapter, whole names if only
+    some layers have one.
+    """
+
+    def has_all(other: Parameter) -> bool:
+        adapter = adapters.get(other.path)
+        return isinstance(adapter, LoraWeights) and len(_layers(other, adapter)) == other.layers
+
+    if not has_all(parameter):
+        layers = _layers(parameter, adapters[parameter.path])
+        return {parameter.module(layer) for layer in layers}
+    last = parameter.hf_module.rpartition(".")[2]
+    namesakes = (p for p in table.values() if p.hf_module.endswith(f".{last}") and p.kernel)
+    return {last if all(map(has_all, namesakes)) else parameter.hf_module.rpartition("{}.")[2]}
 
 
 def _is_full(adapter: Any) -> bool:
@@ -185,7 +197,7 @@ def _describe(
             name
             for path, adapter in adapters.items()
             if isinstance(adapter, LoraWeights)
-            for name in _targets(table[path], adapter)
+            for name in _targets(table[path], adapters, table)
         ),
         "modules_to_save": sorted(name.rpartition("{}.")[2] for name in full) or None,
         "rank_pattern": {
@@ -198,7 +210,10 @@ def _describe(
         "ensure_weight_tying": embedded,
         "bias": "none",
         "use_dora": False,
-        "fan_in_fan_out": False,
+        # Of transformers' Conv1D, whose weights are [in, out], and of nothing else.
+        "fan_in_fan_out": any(
+            table[path].kernel and not table[path].transposed for path in adapters
+        ),
     }
 
 
@@ -218,10 +233,10 @@ def load(folder: str | Path, model: Model) -> tuple[Adapters, LoraConfig]:
     """
     folder = Path(folder)
     about = read_json(folder / CONFIG)
-    _check_supported(about, folder / CONFIG)
+    _check_supported(about, folder / CONFIG, model)
     tensors = _read_tensors(folder)
     if model.config.tie_word_embeddings and about.get("ensure_weight_tying"):
-        for name, x in _tied_head(tensors).items():
+        for name, x in _tied_head(tensors, family_of(model.config)).items():
             if name in tensors and np.array_equal(tensors[name], x):
                 del tensors[name]
     if _texts(about, "target_parameters"):
@@ -249,12 +264,18 @@ def _read_tensors(folder: Path) -> dict[str, np.ndarray]:
     return {name: to_numpy(x) for name, x in load_tensors(folder / OLD_WEIGHTS).items()}
 
 
-def _check_supported(about: Mapping[str, Any], where: Path) -> None:
+def _check_supported(about: Mapping[str, Any], where: Path, model: Model) -> None:
     if about.get("peft_type") != "LORA":
         raise QloraError(
             f"{where}: peft_type is {about.get('peft_type')!r}; only LORA is supported"
         )
-    used = [key for key, off in _UNSUPPORTED.items() if about.get(key, off) not in (off, None)]
+    # Where weights are [in, out] in files PEFT sets it, whatever a person has asked for.
+    usual = {"fan_in_fan_out"} if family_of(model.config).as_stored else set()
+    used = [
+        key
+        for key, off in _UNSUPPORTED.items()
+        if key not in usual and about.get(key, off) not in (off, None)
+    ]
     if used:
         settings = ", ".join(f"{key}={about[key]!r}" for key in used)
         raise QloraError(f"{where}: not supported: {settings}")

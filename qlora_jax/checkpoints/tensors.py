@@ -1,5 +1,6 @@
 """Where tensors are read from, one at a time: a folder of safetensors."""
 
+import abc
 import contextlib
 import dataclasses
 import json
@@ -48,11 +49,16 @@ class Tensors(Protocol):
         ...
 
 
-class HuggingFaceNames:
+class HuggingFaceNames(abc.ABC):
     """What tensors are called in any file of Hugging Face's."""
 
+    @abc.abstractmethod
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """As in `Tensors`."""
+
     def name(self, parameter: Parameter, layer: int) -> str:
-        return parameter.hf_name(layer)
+        usual, *others = parameter.hf_names(layer)
+        return next((name for name in others if name in self.shapes()), usual)
 
     def ignorable(self, name: str) -> bool:
         # Old files hold the rotary frequencies; a tied head may be stored although it is tied.
@@ -92,7 +98,7 @@ class SafetensorsFolder(HuggingFaceNames):
         return {n: kind for n, kind in self._types.items() if not kind.startswith(("F", "BF"))}
 
     def read(self, parameter: Parameter, layer: int) -> np.ndarray:
-        name = parameter.hf_name(layer)
+        name = self.name(parameter, layer)
         # Opened for each tensor, since an open file keeps every page that was read mapped.
         with open_safetensors(self._file_of[name]) as opened:
             return opened.get_tensor(name)

@@ -43,7 +43,7 @@ class TorchFolder(HuggingFaceNames):
         return {name: str(x.dtype) for name, x in kinds if not x.dtype.is_floating_point}
 
     def read(self, parameter: Parameter, layer: int) -> np.ndarray:
-        return to_numpy(self._tensors[parameter.hf_name(layer)])
+        return to_numpy(self._tensors[self.name(parameter, layer)])
 
 
 def load_tensors(file: Path) -> dict[str, Any]:

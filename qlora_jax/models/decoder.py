@@ -49,7 +49,8 @@ class DecoderLayer(Protocol):
 class Decoder(nnx.Module):
     """The whole decoder. `nnx.state` of it is the parameter tree, layers stacked as [L, ...].
 
-    A family overrides `embed`, `rotations`, `rotation_of_layers` or `head` where it differs.
+    A family overrides `embed`, `rotations`, `rotation_of_layers`, `query_scales` or `head` where it
+    differs.
     """
 
     def __init__(
@@ -99,6 +100,10 @@ class Decoder(nnx.Module):
         """Which of `rotations` each layer uses."""
         return (0,) * self.config.num_hidden_layers
 
+    def query_scales(self) -> Sequence[float] | None:
+        """What each layer's queries are multiplied by, beyond the scale that all of them have."""
+        return None
+
     def hidden(
         self,
         input_ids: jax.Array,
@@ -138,12 +143,14 @@ class Decoder(nnx.Module):
 
         def layer_step(carry: Any, xs: Any) -> tuple[Any, None]:
             x, keys, values = carry
-            state, number, window, kind = xs
+            state, number, window, kind, scale = xs
             layer: DecoderLayer = nnx.merge(graphdef, state)
             rotation = None if not rotations else rotations[0]
             if kind is not None:
                 rotation = jax.tree.map(lambda *kinds: jnp.stack(kinds)[kind], *rotations)
             q, k, v = cheap(lambda x: layer.project(x, rotation))(x)
+            if scale is not None:
+                q = q * scale.astype(q.dtype)
             if cache is not None:
                 place = (number, 0, start, 0, 0)
                 keys = jax.lax.dynamic_update_slice(keys, k[None].astype(keys.dtype), place)
@@ -165,7 +172,10 @@ class Decoder(nnx.Module):
         numbers = jnp.arange(config.num_hidden_layers)
         several = len(rotations) > 1
         kinds = jnp.asarray(self.rotation_of_layers(), jnp.int32) if several else None
-        (x, keys, values), _ = jax.lax.scan(step, carry, (stacked, numbers, windows, kinds))
+        scales = self.query_scales()
+        scales = None if scales is None else jnp.asarray(scales, jnp.float32)
+        xs = (stacked, numbers, windows, kinds, scales)
+        (x, keys, values), _ = jax.lax.scan(step, carry, xs)
         if cache is not None and valid is not None:
             cache = Cache(
                 k=keys,

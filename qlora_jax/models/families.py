@@ -16,7 +16,7 @@ from flax import nnx
 from jax.typing import DTypeLike
 
 from qlora_jax.errors import QloraError
-from qlora_jax.models import llama, moe, phi3, smollm3, t5
+from qlora_jax.models import gemma, gpt2, llama, moe, phi3, smollm3
 from qlora_jax.models.cache import Cache
 
 Params = Mapping[str, Any]
@@ -32,17 +32,21 @@ class Family:
                expert); the longest entry that a parameter's path starts with counts, what follows
                it has the same names
     as_stored  last names of linear modules whose weight files hold as [in, out], not transposed
-    ignored    tensors that files may hold beside these: repetitions, and what was never used
+    prefixes   how a name in files begins -> how it may begin instead
+    unused     regular expression for names of tensors in files that are passed over
     """
 
     config: Any
     module: Callable[..., nnx.Module]
     names: Mapping[str, str]
     as_stored: frozenset[str] = frozenset()
-    ignored: frozenset[str] = frozenset()
+    prefixes: Mapping[str, tuple[str, ...]] = dataclasses.field(default_factory=dict)
+    unused: str = ""
 
 
 _LLAMA = Family(llama.LlamaConfig, llama.Llama, llama.NAMES)
+_GEMMA = Family(gemma.GemmaConfig, gemma.Gemma, gemma.NAMES)
+_GPT2 = Family(gpt2.GPT2Config, gpt2.GPT2, gpt2.NAMES, gpt2.AS_STORED, gpt2.PREFIXES, gpt2.UNUSED)
 FAMILIES: dict[str, Family] = {
     "llama": _LLAMA,
     "mistral": _LLAMA,
@@ -52,7 +56,8 @@ FAMILIES: dict[str, Family] = {
     "qwen3_moe": Family(moe.MoeConfig, moe.Moe, moe.QWEN3_MOE_NAMES),
     "phi3": Family(phi3.Phi3Config, phi3.Phi3, llama.NAMES),
     "smollm3": Family(smollm3.SmolLM3Config, smollm3.SmolLM3, llama.NAMES),
-    "t5": Family(t5.T5Config, t5.T5, t5.NAMES, ignored=t5.IGNORED),
+    **dict.fromkeys(gemma.ARCHITECTURES, _GEMMA),
+    "gpt2": _GPT2,
 }
 
 

@@ -2,7 +2,7 @@
 
 import dataclasses
 import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Self
 
 import jax
@@ -157,22 +157,31 @@ def _windows(family: str, hf: Mapping[str, Any], layers: int) -> tuple[int | Non
 
 
 class MLP(nnx.Module):
-    """down(silu(gate(x)) * up(x))."""
+    """down(activation(gate(x)) * up(x)), from D features to F and back."""
 
     def __init__(
-        self, config: LlamaConfig, *, dtype: DTypeLike, param_dtype: DTypeLike, rngs: nnx.Rngs
+        self,
+        width: int,
+        inner: int,
+        *,
+        use_bias: bool = False,
+        activation: Callable[[jax.Array], jax.Array] = jax.nn.silu,
+        dtype: DTypeLike,
+        param_dtype: DTypeLike,
+        rngs: nnx.Rngs,
     ) -> None:
         linear = functools.partial(
             nnx.Linear,
-            use_bias=config.mlp_bias,
+            use_bias=use_bias,
             dtype=dtype,
             param_dtype=param_dtype,
             kernel_init=nnx.initializers.normal(0.02),
             rngs=rngs,
         )
-        self.gate_proj = linear(config.hidden_size, config.intermediate_size)
-        self.up_proj = linear(config.hidden_size, config.intermediate_size)
-        self.down_proj = linear(config.intermediate_size, config.hidden_size)
+        self.gate_proj = linear(width, inner)
+        self.up_proj = linear(width, inner)
+        self.down_proj = linear(inner, width)
+        self.activation = activation
 
     def widen(self, x: jax.Array) -> tuple[jax.Array, jax.Array]:
         """x [B, T, D] -> gate and up, [B, T, F]."""
@@ -180,7 +189,7 @@ class MLP(nnx.Module):
 
     def narrow(self, gate: jax.Array, up: jax.Array) -> jax.Array:
         """gate and up [B, T, F] -> [B, T, D]."""
-        return self.down_proj(jax.nn.silu(gate) * up)
+        return self.down_proj(self.activation(gate) * up)
 
 
 class Layer(nnx.Module):
@@ -200,7 +209,9 @@ class Layer(nnx.Module):
             **options,
         )
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.mlp = MLP(config, **options)
+        self.mlp = MLP(
+            config.hidden_size, config.intermediate_size, use_bias=config.mlp_bias, **options
+        )
 
     def project(self, x: jax.Array, rotation: Rotation | None) -> tuple[jax.Array, ...]:
         return self.self_attn.project(self.input_layernorm(x), rotation)
