@@ -68,6 +68,11 @@ def save(
         raise QloraError(
             f"{folder}: nothing was written, the adapters are not whole:\n  " + "\n  ".join(faults)
         )
+    if _EMBEDDING in adapters and model.config.tie_word_embeddings and not _ties_head(model):
+        raise QloraError(
+            f"{folder}: nothing was written, the adapter of {table[_EMBEDDING].hf_module} is also "
+            "of the head tied to it, which PEFT cannot express for a module of this name"
+        )
     tensors = {_PREFIX + name: x for name, x in _tensors(adapters, table, model)}
     if model.config.tie_word_embeddings:
         tensors |= _tied_head(tensors, family_of(model.config))
@@ -100,6 +105,14 @@ def _tensors(
             module = parameter.module(layer)
             yield f"{module}.{names[0]}", _contiguous(adapter.a[at].T)
             yield f"{module}.{names[1]}", _contiguous(adapter.b[at].T)
+
+
+_EMBEDDING = "embed_tokens/embedding"
+
+
+def _ties_head(model: Model) -> bool:
+    """Whether PEFT ties to the head what is added to the embedding; it goes by this name alone."""
+    return family_of(model.config).names["embed_tokens"].endswith("embed_tokens")
 
 
 # What PEFT stores of a tied head, and of which tensor of the embedding it is the transpose.
@@ -183,7 +196,7 @@ def _describe(
     fused = fused_settings(adapters, rslora=config.rslora)
     settings |= {name: (r, _number(a)) for name, (r, a) in fused.items()}
     full = {table[p].hf_module for p, adapter in adapters.items() if _is_full(adapter)}
-    embedded = "embed_tokens/embedding" in adapters and model.config.tie_word_embeddings
+    embedded = _EMBEDDING in adapters and model.config.tie_word_embeddings
     return {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
@@ -434,7 +447,7 @@ class _Reading:
             ranks[layer] = int(rank)
         if len(self.faults) > before:
             return
-        if parameter.path == "embed_tokens/embedding" and self._head_apart():
+        if parameter.path == _EMBEDDING and self._head_apart():
             self.faults.append(
                 f"{parameter.hf_module}: the model's head is tied to its embedding, but the "
                 "adapter is of the embedding alone (trained without ensure_weight_tying)"
@@ -467,7 +480,7 @@ class _Reading:
                 f"{parameter.path}: trained in full but quantized here; load the model with a "
                 "quantization policy that excludes it"
             )
-        if parameter.path == "embed_tokens/embedding" and self._head_apart():
+        if parameter.path == _EMBEDDING and self._head_apart():
             self.faults.append(
                 f"{parameter.hf_module}: trained in full and apart from the head that this model "
                 "ties to it"
@@ -479,8 +492,9 @@ class _Reading:
         self.adapters[parameter.path] = jnp.asarray(whole)
 
     def _head_apart(self) -> bool:
-        tied = self.model.config.tie_word_embeddings
-        return tied and not self.about.get("ensure_weight_tying")
+        if not self.model.config.tie_word_embeddings:
+            return False
+        return not (self.about.get("ensure_weight_tying") and _ties_head(self.model))
 
     def config(self) -> LoraConfig:
         """The configuration by which `lora.init` would make such adapters."""

@@ -1,7 +1,10 @@
 """GPT-2 by itself."""
 
+import jax
+import jax.numpy as jnp
 import pytest
 
+import qlora_jax as qj
 from qlora_jax import QloraError
 from qlora_jax.models import read_config
 from tests.models import decoders
@@ -57,3 +60,15 @@ def test_bytes_of_gpt2_xl():
     norm = (4 + 4) * 1600
     tables = 2 * 1600 * (50257 + 1024)
     assert size == 48 * (four_bit + biases + 2 * norm) + norm + tables
+
+
+def test_an_adapter_of_the_tied_embedding_is_not_written_for_peft(tmp_path):
+    """PEFT would adapt the embedding, and leave out the head, which has the same weight."""
+    config = read_config(PLAIN)
+    model = qj.Model(config, decoders.random_params(config), None, "", jnp.float32)
+    adapters = qj.lora.init(
+        jax.random.key(0), model.params, qj.LoraConfig(rank=2, targets=("embed_tokens",))
+    )
+    with pytest.raises(QloraError, match="transformer.wte is also of the head tied to it"):
+        qj.peft.save(tmp_path / "a", adapters, model)
+    assert not (tmp_path / "a").exists()

@@ -60,7 +60,7 @@ CONFIGS = {
     "scaled by layer": qj.LoraConfig(
         rank=4,
         alpha=8,
-        targets=("c_attn", "mlp.c_proj", "embed_tokens"),
+        targets=("c_attn", "mlp.c_proj"),
         modules_to_save=("ln_2", "embed_positions"),
     ),
 }
