@@ -2,6 +2,7 @@
 
 from qlora_jax import lora
 from qlora_jax.checkpoints import peft
+from qlora_jax.checkpoints.encoder import EncoderModel
 from qlora_jax.checkpoints.load import load
 from qlora_jax.checkpoints.model import Model
 from qlora_jax.errors import QloraError
@@ -23,6 +24,7 @@ from qlora_jax.training.step import TrainState, make_eval_step, make_train_step
 __all__ = [
     "FP4",
     "NF4",
+    "EncoderModel",
     "LoraArray",
     "LoraConfig",
     "Model",

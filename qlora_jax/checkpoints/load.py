@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Container, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,9 @@ from jax.typing import DTypeLike
 
 from qlora_jax.checkpoints import bitsandbytes, quantized, tokenizer
 from qlora_jax.checkpoints.bitsandbytes import BitsandbytesFolder
+from qlora_jax.checkpoints.encoder import EncoderModel
 from qlora_jax.checkpoints.gguf import GGUFFile
+from qlora_jax.checkpoints.heads import EncoderTensors, HeadRequest
 from qlora_jax.checkpoints.hub import download
 from qlora_jax.checkpoints.model import Model
 from qlora_jax.checkpoints.names import OnTensor, Parameter, count_tensors, parameters
@@ -22,7 +24,9 @@ from qlora_jax.checkpoints.seq2seq import Seq2SeqModel
 from qlora_jax.checkpoints.tensors import SafetensorsFolder, Tensors, fault_of, read_json
 from qlora_jax.checkpoints.torch_files import TorchFolder
 from qlora_jax.errors import QloraError
+from qlora_jax.lora.adapters import named_leaves
 from qlora_jax.models import family_of, read_config
+from qlora_jax.models.encoder_config import EncoderConfig
 from qlora_jax.models.typed import entry
 from qlora_jax.quant import Policy, QuantConfig, QuantizedArray, quantize
 
@@ -34,8 +38,12 @@ def load(
     dtype: DTypeLike | None = None,
     policy: Policy | None = None,
     on_tensor: OnTensor | None = None,
+    head: str | None = None,
+    num_labels: int | None = None,
+    problem_type: str | None = None,
+    seed: int = 0,
 ) -> Any:
-    """A `Model`, or a `Seq2SeqModel`, of one of `models.FAMILIES`, its linear weights in 4 bits.
+    """A `Model`, or an `EncoderModel`, of one of `models.FAMILIES`, its linear weights in 4 bits.
 
     source        a folder with config.json and safetensors (dense, or in 4 bits by bitsandbytes)
                   or .bin files, a .gguf file, a folder that `save_quantized` wrote, or the name of
@@ -47,6 +55,11 @@ def load(
     policy        which weights are quantized: by default every linear kernel but the output head
                   and the routers of experts
     on_tensor     called for every tensor that was read, with how many there are in all
+    head          of an encoder: "masked-lm" or "classification"; by default the checkpoint's
+    num_labels    how many labels its classification has; 1: a regression
+    problem_type  of its classification: see `EncoderModel.loss`
+    seed          a head that is asked for and not in the checkpoint is drawn from it, which the log
+                  says
 
     Tensors are read and quantized one after the other: the host never holds more than the result
     and two tensors. Raises QloraError for what cannot be read, with every tensor listed that is
@@ -54,23 +67,61 @@ def load(
     """
     if not isinstance(quantization, QuantConfig | None):
         raise QloraError(f"quantization is {quantization!r}; expected NF4(), FP4() or None")
-    config, tensors, read_tokenizer = _open(source)
+    request = HeadRequest(head, num_labels, problem_type, seed)
+    config, tensors, read_tokenizer, made = _open(source, request)
     dtype = _dtype(dtype)
     if tensors is None:
         folder = locate(source)
         params = quantized.load_params(folder, config, quantization, dtype)
+        if request:
+            config = request.of(config)
+            params = _with_head(params, config, request, dtype, str(folder))
         return _model(config, params, read_tokenizer(), str(source), dtype)
-    if isinstance(tensors, BitsandbytesFolder):
-        tensors.check(quantization, policy)
+    stored = tensors.inside if isinstance(tensors, EncoderTensors) else tensors
+    if isinstance(stored, BitsandbytesFolder):
+        stored.check(quantization, policy)
         quantization = None
     tokens = read_tokenizer()
     choose, total = policy or Policy(), count_tensors(config)
     params: dict[str, Any] = {}
     for parameter in parameters(config):
         use = quantization if choose.selects(parameter.path, parameter.shape) else None
-        leaf = OnDisk(parameter, tensors, use, dtype, lambda: on_tensor and on_tensor(total))
-        _put(params, parameter.path, leaf.read())
+        if parameter.path in made:
+            leaf = request.make(parameter, config, dtype)
+            leaf = quantize(leaf, use, name=parameter.path) if use else leaf
+        else:
+            on_disk = OnDisk(parameter, tensors, use, dtype, lambda: on_tensor and on_tensor(total))
+            leaf = on_disk.read()
+        _put(params, parameter.path, leaf)
     return _model(config, params, tokens, str(source), dtype)
+
+
+def _model(config: Any, *fields: Any) -> Any:
+    """The kind of model that the configuration is of."""
+    kind: Any = EncoderModel if isinstance(config, EncoderConfig) else Model
+    return kind(config, *fields)
+
+
+def _with_head(
+    params: Any, config: Any, request: HeadRequest, dtype: DTypeLike, source: str
+) -> dict[str, Any]:
+    """The parameters under another head; what it shares with the old one is kept."""
+    have = named_leaves(params)
+    fits = {p.path: have[p.path].shape == p.shape for p in parameters(config) if p.path in have}
+    made = request.to_make(config, fits, source)
+    tree: dict[str, Any] = {}
+    for parameter in parameters(config):
+        new = parameter.path in made
+        leaf = request.make(parameter, config, dtype) if new else have[parameter.path]
+        _put(tree, parameter.path, leaf)
+    return tree
+
+
+def _fits(config: Any, tensors: Tensors) -> dict[str, bool]:
+    """Path -> whether the shape in the file is the one that is wanted, of what is in the file."""
+    have = tensors.shapes()
+    names = {parameter: tensors.name(parameter, 0) for parameter in parameters(config)}
+    return {p.path: have[name] == p.file_shape for p, name in names.items() if name in have}
 
 
 def load_lazily(source: str | Path) -> Any:
@@ -78,7 +129,7 @@ def load_lazily(source: str | Path) -> Any:
 
     Weights have the type that they have there; a folder of `save_quantized` is read as a whole.
     """
-    config, tensors, read_tokenizer = _open(source)
+    config, tensors, read_tokenizer, _ = _open(source, HeadRequest())
     if tensors is None:
         return load(source, dtype=jnp.float32)
     params: dict[str, Any] = {}
@@ -87,30 +138,30 @@ def load_lazily(source: str | Path) -> Any:
     return _model(config, params, read_tokenizer(), str(source), jnp.float32)
 
 
-def _model(config: Any, *fields: Any) -> Any:
-    """The kind of model that the configuration is of."""
-    kind: Any = Seq2SeqModel if isinstance(config, T5Config) else Model
-    return kind(config, *fields)
+def _open(
+    source: str | Path, request: HeadRequest
+) -> tuple[Any, Tensors | None, Callable[[], Any], Container[str]]:
+    """Configuration, checked tensors, what reads the tokenizer, paths of what has to be made.
 
-
-def _open(source: str | Path) -> tuple[Any, Tensors | None, Callable[[], Any]]:
-    """Configuration, tensors with their names and shapes checked, and what reads the tokenizer.
-
-    The tensors are None for a folder that `save_quantized` wrote.
+    The tensors are None for a folder that `save_quantized` wrote, and the configuration is its own.
     """
     path = locate(source)
     if path.suffix == ".gguf":
         file = GGUFFile(path)
-        _check(file.config, file)
-        return file.config, file, functools.partial(tokenizer.from_gguf, file)
+        config = request.of(file.config)
+        _check(config, file, ())
+        return config, file, functools.partial(tokenizer.from_gguf, file), ()
     config, already = _read_config(path)
     read_tokenizer = functools.partial(tokenizer.from_folder, path)
     if quantized.is_quantized_folder(path):
-        return config, None, read_tokenizer
+        return config, None, read_tokenizer, ()
+    config = request.of(config)
     tensors = _open_folder(path, config, already)
-    config = _with_its_head(config, tensors)
-    _check(config, tensors)
-    return config, tensors, read_tokenizer
+    if isinstance(config, EncoderConfig):
+        tensors = EncoderTensors(tensors, config)
+    made = request.to_make(config, _fits(config, tensors), tensors.source)
+    _check(config, tensors, made)
+    return config, tensors, read_tokenizer, made
 
 
 def is_four_bit(source: str | Path) -> bool:
@@ -185,14 +236,16 @@ def _open_folder(folder: Path, config: Any, already: Mapping[str, Any] | None) -
     return BitsandbytesFolder(folder, config, already) if already else SafetensorsFolder(folder)
 
 
-def _check(config: Any, tensors: Tensors) -> None:
-    """Names, shapes and types of everything, before anything is read."""
+def _check(config: Any, tensors: Tensors, made: Container[str]) -> None:
+    """Names, shapes and types of everything but the paths `made`, before anything is read."""
     have, not_floating = tensors.shapes(), tensors.not_floating()
     faults, expected = [], set()
     for parameter in parameters(config):
         for layer in range(parameter.layers):
             name = tensors.name(parameter, layer)
             expected.add(name)
+            if parameter.path in made:
+                continue
             if name not in have:
                 faults.append(f"{name}: missing")
             elif have[name] != parameter.file_shape:

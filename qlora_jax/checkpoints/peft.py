@@ -17,6 +17,7 @@ from qlora_jax.checkpoints.folder import new_file
 from qlora_jax.checkpoints.model import Model
 from qlora_jax.checkpoints.names import Parameter, parameters
 from qlora_jax.checkpoints.peft_experts import fused_settings, setting, split_experts
+from qlora_jax.checkpoints.peft_names import is_inside, target_names, whole_modules
 from qlora_jax.checkpoints.tensors import fault_of, open_safetensors, read_json
 from qlora_jax.checkpoints.torch_files import load_tensors, to_numpy
 from qlora_jax.errors import QloraError, missing
@@ -24,6 +25,7 @@ from qlora_jax.lora import Adapters, LoraConfig, LoraWeights
 from qlora_jax.lora.adapters import named_leaves
 from qlora_jax.lora.targets import module_name
 from qlora_jax.models import Family, family_of
+from qlora_jax.models.encoder_config import MASKED_LM
 from qlora_jax.models.typed import checked, entry, needed
 from qlora_jax.quant import QuantizedArray, path_str
 
@@ -63,6 +65,7 @@ def save(
     strangers = [path for path in adapters if path not in table]
     if strangers:
         raise QloraError(f"the model has no parameters {strangers}")
+    _refuse_tied_words(adapters, model)
     flat, _ = jax.tree_util.tree_flatten_with_path(adapters)
     if faults := [f"{path_str(at)}: {fault}" for at, x in flat if (fault := fault_of(x))]:
         raise QloraError(
@@ -132,31 +135,25 @@ def _tied_head(tensors: Mapping[str, np.ndarray], family: Family) -> dict[str, n
     return out
 
 
+def _refuse_tied_words(adapters: Adapters, model: Any) -> None:
+    """Raises QloraError for an adapter of the table that an encoder predicts masked words by.
+
+    Here it is added to the head as well; what PEFT stores is of the embedding alone.
+    """
+    words = "embeddings/word_embeddings/embedding"
+    if words in adapters and getattr(model.config, "head", None) == MASKED_LM:
+        raise QloraError(
+            f"{words}: the masked-lm head is tied to it, and PEFT keeps an adapter of the one "
+            "apart from the other; leave it out of the targets"
+        )
+
+
 def _layers(parameter: Parameter, adapter: Any) -> list[int]:
     """The layers that are written. `load` gives those without an adapter a scaling of zero."""
     layers = range(parameter.layers)
     if isinstance(adapter, LoraWeights) and isinstance(adapter.scaling, tuple):
         return [layer for layer in layers if adapter.scaling[layer]]
     return list(layers)
-
-
-def _targets(parameter: Parameter, adapters: Adapters, table: Mapping[str, Parameter]) -> set[str]:
-    """What target_modules says of it: its last name, or more of it where that is not enough.
-
-    The name within a layer if others with the same last name have no adapter, whole names if only
-    some layers have one.
-    """
-
-    def has_all(other: Parameter) -> bool:
-        adapter = adapters.get(other.path)
-        return isinstance(adapter, LoraWeights) and len(_layers(other, adapter)) == other.layers
-
-    if not has_all(parameter):
-        layers = _layers(parameter, adapters[parameter.path])
-        return {parameter.module(layer) for layer in layers}
-    last = parameter.hf_module.rpartition(".")[2]
-    namesakes = (p for p in table.values() if p.hf_module.endswith(f".{last}") and p.kernel)
-    return {last if all(map(has_all, namesakes)) else parameter.hf_module.rpartition("{}.")[2]}
 
 
 def _is_full(adapter: Any) -> bool:
@@ -196,23 +193,25 @@ def _describe(
     fused = fused_settings(adapters, rslora=config.rslora)
     settings |= {name: (r, _number(a)) for name, (r, a) in fused.items()}
     full = {table[p].hf_module for p, adapter in adapters.items() if _is_full(adapter)}
+    whole = whole_modules(full, table.values())
+    adapted = (
+        table[path].module(layer)
+        for path, adapter in adapters.items()
+        if isinstance(adapter, LoraWeights)
+        for layer in _layers(table[path], adapter)
+    )
     embedded = _EMBEDDING in adapters and model.config.tie_word_embeddings
     return {
         "peft_type": "LORA",
-        "task_type": "CAUSAL_LM",
+        "task_type": model.task_type,
         "base_model_name_or_path": model.source,
         "inference_mode": True,
         "r": rank,
         "lora_alpha": alpha,
         "lora_dropout": config.dropout,
         "use_rslora": config.rslora,
-        "target_modules": sorted(
-            name
-            for path, adapter in adapters.items()
-            if isinstance(adapter, LoraWeights)
-            for name in _targets(table[path], adapters, table)
-        ),
-        "modules_to_save": sorted(name.rpartition("{}.")[2] for name in full) or None,
+        "target_modules": sorted(target_names(adapted, whole, table.values())),
+        "modules_to_save": sorted(whole) or None,
         "rank_pattern": {
             name: r for name, (r, _) in settings.items() if r != rank or name in fused
         },
@@ -262,6 +261,7 @@ def load(folder: str | Path, model: Model) -> tuple[Adapters, LoraConfig]:
     for name, x in sorted(tensors.items()):
         reading.take(name.removeprefix(_PREFIX), x)
     reading.finish(folder)
+    _refuse_tied_words(reading.adapters, model)
     try:
         return reading.adapters, reading.config()
     except QloraError as error:
@@ -408,7 +408,8 @@ class _Reading:
         full = _texts(self.about, "modules_to_save")
         for name, (parameter, layer) in self._names.items():
             module = parameter.module(layer)
-            if layer in self._full.get(parameter, {}) or not module.endswith(tuple(full)):
+            named = module.endswith(tuple(full)) or any(is_inside(module, name) for name in full)
+            if layer in self._full.get(parameter, {}) or not named:
                 continue
             self.faults.append(f"{name}: missing, of a module that modules_to_save names")
 

@@ -16,6 +16,7 @@ from jax.typing import DTypeLike
 from qlora_jax.models.attention import causal_mask, same_segment, within_window
 from qlora_jax.models.cache import Cache, check_room
 from qlora_jax.models.config import FULL, DecoderConfig
+from qlora_jax.models.positions import count_positions
 
 Rotation = tuple[jax.Array, jax.Array]
 """Cosine and sine, fp32 [B, T, Dh/2]."""
@@ -119,7 +120,7 @@ class Decoder(nnx.Module):
         start = jnp.zeros((), jnp.int32) if cache is None else cache.index
         valid = None if attention_mask is None else attention_mask.astype(bool)
         if positions is None:
-            positions = _positions(valid, segment_ids, batch, time)
+            positions = count_positions(valid, segment_ids, batch, time)
             if cache is not None:
                 positions = positions + cache.positions[:, None]
         rotations = self.rotations(positions)
@@ -192,24 +193,6 @@ class Decoder(nnx.Module):
             return self.lm_head(hidden)
         table = self.embed_tokens.embedding[...].astype(hidden.dtype)
         return jnp.einsum("...d,vd->...v", hidden, table, preferred_element_type=jnp.float32)
-
-
-def _positions(
-    real: jax.Array | None, segments: jax.Array | None, batch: int, time: int
-) -> jax.Array:
-    """[B, T]: counts real tokens only, so that left padding does not shift a sequence.
-
-    Every segment counts from zero.
-    """
-    if real is None:
-        counted = jnp.broadcast_to(jnp.arange(time, dtype=jnp.int32), (batch, time))
-    else:
-        counted = jnp.maximum(jnp.cumsum(real.astype(jnp.int32), axis=1) - 1, 0)
-    if segments is None:
-        return counted
-    before = jnp.pad(segments, ((0, 0), (1, 0)))[:, :-1]
-    starts = jnp.where((segments != before).at[:, 0].set(True), counted, 0)
-    return counted - jax.lax.cummax(starts, axis=1)
 
 
 def _layer_windows(config: DecoderConfig, slots: int) -> jax.Array | None:

@@ -16,7 +16,7 @@ from flax import nnx
 from jax.typing import DTypeLike
 
 from qlora_jax.errors import QloraError
-from qlora_jax.models import gemma, gpt2, llama, moe, phi3, smollm3
+from qlora_jax.models import bert, deberta, gemma, gpt2, llama, moe, phi3, smollm3
 from qlora_jax.models.cache import Cache
 
 Params = Mapping[str, Any]
@@ -58,6 +58,9 @@ FAMILIES: dict[str, Family] = {
     "smollm3": Family(smollm3.SmolLM3Config, smollm3.SmolLM3, llama.NAMES),
     **dict.fromkeys(gemma.ARCHITECTURES, _GEMMA),
     "gpt2": _GPT2,
+    "bert": Family(bert.BertConfig, bert.Bert, bert.NAMES),
+    "roberta": Family(bert.BertConfig, bert.Bert, bert.ROBERTA_NAMES),
+    "deberta-v2": Family(deberta.DebertaConfig, deberta.Deberta, deberta.NAMES),
 }
 
 

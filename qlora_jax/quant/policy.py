@@ -13,8 +13,12 @@ from qlora_jax.quant.config import QuantConfig
 LINEAR_KERNEL = r"(.*/)?kernel"
 """Paths of the kernels of flax's linear layers."""
 
-OUTPUT_HEAD = r"(.*/)?(lm_head|embed_out|output_head|score|classifier)/.*"
-"""Paths of output heads: small next to the rest, and the layer most hurt by rounding."""
+OUTPUT_HEAD = r"(.*/)?(lm_head|embed_out|output_head|score|pooler|classifier)/.*"
+"""Paths of output heads, with what pools for them: small next to the rest, most hurt by rounding,
+and often new, so that they are to be trained in full."""
+
+CONVOLUTION = r"(.*/)?conv/kernel"
+"""Paths of a convolution's kernel, whose blocks would run over its window."""
 
 ROUTER = r"(.*/)?router/.*"
 """Paths of the routers of mixtures of experts: tiny, and rounding one sends tokens elsewhere."""
@@ -25,13 +29,13 @@ class Policy:
     """Selects parameters by path ("layers/mlp/up_proj/kernel"), by whole-path regular expressions.
 
     include / exclude: the default takes every linear kernel, those of stacked experts too, but not
-    output heads and routers; embeddings are no kernels. axes: path pattern -> (contracted axes,
-    output axes) for kernels that are not [..., K, N], e.g. {r".*/query/kernel": (1, 2)}; the first
-    pattern that matches counts.
+    output heads, convolutions and routers; embeddings are no kernels. axes: path pattern ->
+    (contracted axes, output axes) for kernels that are not [..., K, N], e.g.
+    {r".*/query/kernel": (1, 2)}; the first pattern that matches counts.
     """
 
     include: str = LINEAR_KERNEL
-    exclude: str = f"{OUTPUT_HEAD}|{ROUTER}"
+    exclude: str = f"{OUTPUT_HEAD}|{CONVOLUTION}|{ROUTER}"
     axes: Mapping[str, tuple[int, int]] = dataclasses.field(default_factory=dict)
 
     def selects(self, path: str, shape: tuple[int, ...]) -> bool:
