@@ -25,7 +25,7 @@ from qlora_jax.checkpoints.tensors import SafetensorsFolder, Tensors, fault_of, 
 from qlora_jax.checkpoints.torch_files import TorchFolder
 from qlora_jax.errors import QloraError
 from qlora_jax.lora.adapters import named_leaves
-from qlora_jax.models import family_of, read_config
+from qlora_jax.models import T5Config, family_of, read_config
 from qlora_jax.models.encoder_config import EncoderConfig
 from qlora_jax.models.typed import entry
 from qlora_jax.quant import Policy, QuantConfig, QuantizedArray, quantize
@@ -43,7 +43,7 @@ def load(
     problem_type: str | None = None,
     seed: int = 0,
 ) -> Any:
-    """A `Model`, or an `EncoderModel`, of one of `models.FAMILIES`, its linear weights in 4 bits.
+    """A `Model`, `Seq2SeqModel` or `EncoderModel`, by its family, its linear weights in 4 bits.
 
     source        a folder with config.json and safetensors (dense, or in 4 bits by bitsandbytes)
                   or .bin files, a .gguf file, a folder that `save_quantized` wrote, or the name of
@@ -98,8 +98,9 @@ def load(
 
 def _model(config: Any, *fields: Any) -> Any:
     """The kind of model that the configuration is of."""
-    kind: Any = EncoderModel if isinstance(config, EncoderConfig) else Model
-    return kind(config, *fields)
+    if isinstance(config, EncoderConfig):
+        return EncoderModel(config, *fields)
+    return Seq2SeqModel(config, *fields) if isinstance(config, T5Config) else Model(config, *fields)
 
 
 def _with_head(
@@ -157,6 +158,7 @@ def _open(
         return config, None, read_tokenizer, ()
     config = request.of(config)
     tensors = _open_folder(path, config, already)
+    config = _with_its_head(config, tensors)
     if isinstance(config, EncoderConfig):
         tensors = EncoderTensors(tensors, config)
     made = request.to_make(config, _fits(config, tensors), tensors.source)

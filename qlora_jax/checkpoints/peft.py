@@ -77,7 +77,7 @@ def save(
             "of the head tied to it, which PEFT cannot express for a module of this name"
         )
     tensors = {_PREFIX + name: x for name, x in _tensors(adapters, table, model)}
-    if model.config.tie_word_embeddings:
+    if model.config.tie_word_embeddings and _EMBEDDING in table:
         tensors |= _tied_head(tensors, family_of(model.config))
     description = _describe(adapters, table, model, config or LoraConfig())
     folder = Path(folder)
@@ -247,8 +247,10 @@ def load(folder: str | Path, model: Model) -> tuple[Adapters, LoraConfig]:
     about = read_json(folder / CONFIG)
     _check_supported(about, folder / CONFIG, model)
     tensors = _read_tensors(folder)
-    if model.config.tie_word_embeddings and about.get("ensure_weight_tying"):
-        for name, x in _tied_head(tensors, family_of(model.config)).items():
+    family = family_of(model.config)
+    tied = "embed_tokens" in family.names and model.config.tie_word_embeddings
+    if tied and about.get("ensure_weight_tying"):
+        for name, x in _tied_head(tensors, family).items():
             if name in tensors and np.array_equal(tensors[name], x):
                 del tensors[name]
     if _texts(about, "target_parameters"):

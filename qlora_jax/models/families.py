@@ -16,7 +16,7 @@ from flax import nnx
 from jax.typing import DTypeLike
 
 from qlora_jax.errors import QloraError
-from qlora_jax.models import bert, deberta, gemma, gpt2, llama, moe, phi3, smollm3
+from qlora_jax.models import bert, deberta, gemma, gpt2, llama, moe, phi3, smollm3, t5
 from qlora_jax.models.cache import Cache
 
 Params = Mapping[str, Any]
@@ -61,6 +61,7 @@ FAMILIES: dict[str, Family] = {
     "bert": Family(bert.BertConfig, bert.Bert, bert.NAMES),
     "roberta": Family(bert.BertConfig, bert.Bert, bert.ROBERTA_NAMES),
     "deberta-v2": Family(deberta.DebertaConfig, deberta.Deberta, deberta.NAMES),
+    "t5": Family(t5.T5Config, t5.T5, t5.NAMES, unused=t5.UNUSED),
 }
 
 

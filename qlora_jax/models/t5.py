@@ -46,12 +46,9 @@ NAMES = {
 }
 """Our module -> Hugging Face's, {} being the layer's number; what is inside has the same names."""
 
-IGNORED = frozenset(
-    {
-        "encoder.embed_tokens.weight",
-        "decoder.embed_tokens.weight",
-        "decoder.block.0.layer.1.EncDecAttention.relative_attention_bias.weight",
-    }
+UNUSED = (
+    r"(encoder|decoder)\.embed_tokens\.weight"
+    r"|decoder\.block\.0\.layer\.1\.EncDecAttention\.relative_attention_bias\.weight"
 )
 """Tensors in files that repeat `shared`, and one of the first release that nothing uses."""
 
