@@ -7,7 +7,7 @@ from qlora_jax.checkpoints.load import load
 from qlora_jax.checkpoints.model import Model
 from qlora_jax.errors import QloraError
 from qlora_jax.lift import lift
-from qlora_jax.lora import LoraArray, LoraConfig
+from qlora_jax.lora import LoraArray, LoraConfig, VeraConfig
 from qlora_jax.quant import (
     FP4,
     NF4,
@@ -18,6 +18,7 @@ from qlora_jax.quant import (
     quantize_tree,
     use_implementation,
 )
+from qlora_jax.training.lora_plus import lora_plus
 from qlora_jax.training.masks import combine, freeze_base, partition, trainable_mask
 from qlora_jax.training.step import TrainState, make_eval_step, make_train_step
 
@@ -32,12 +33,14 @@ __all__ = [
     "QloraError",
     "QuantizedArray",
     "TrainState",
+    "VeraConfig",
     "backends",
     "combine",
     "freeze_base",
     "lift",
     "load",
     "lora",
+    "lora_plus",
     "make_eval_step",
     "make_train_step",
     "partition",

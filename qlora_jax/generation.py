@@ -19,6 +19,7 @@ from qlora_jax.checkpoints.seq2seq import Seq2SeqModel
 from qlora_jax.data import Message
 from qlora_jax.data.tokenize import Template, encode_prompt
 from qlora_jax.errors import QloraError
+from qlora_jax.lora.dora import settle
 
 TextModel = Model | Seq2SeqModel
 """What generates: anything with `start` and `extend`."""
@@ -260,7 +261,7 @@ def _pieces(
     Where the longest row outgrows `changes_at`, all that there is of the rows is read once more.
     """
     _check(model, prompts, sampling)
-    params = model.params if params is None else params
+    params = settle(model.params if params is None else params)
     # Only what the programs depend on, so that they are shared wherever they can be.
     dtype = jnp.dtype(model.dtype)
     bare = dataclasses.replace(model, params=None, tokenizer=None, source="", dtype=dtype)

@@ -12,17 +12,19 @@ from typing import Any, TypeVar
 
 import jax
 import numpy as np
+from jax.extend.core import Literal
 
 from qlora_jax.lifting.lazy import Lazy
 from qlora_jax.lifting.walk import Evaluation
 from qlora_jax.lora.array import is_weight
+from qlora_jax.lora.dora import settle
 from qlora_jax.quant import path_str
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 
 
 def lift(fn: Function, *, strict: bool = False) -> Function:
-    """`fn`, accepting QuantizedArray and LoraArray leaves wherever its arguments have weights.
+    """`fn`, accepting QuantizedArray and AdaptedArray leaves wherever its arguments have weights.
 
     fn: any function that jax.jit could trace: a Linen or NNX model's apply, or one written by hand.
     Weights may pass through casts, transposes, reshapes, slices of stacked axes, jit, scan, while,
@@ -56,14 +58,22 @@ def lift(fn: Function, *, strict: bool = False) -> Function:
         jaxpr, out_shape = jax.make_jaxpr(on_arrays, return_shape=True)(
             *(_abstract(leaves[i]) for i in traced)
         )
-        inputs = [
-            Lazy.of(leaves[i], _name(flat[i][0])) if is_weight(leaves[i]) else leaves[i]
-            for i in traced
-        ]
+        # Norms of DoRA are taken once for all uses of a weight, but of none that is not used: that
+        # may belong to a program around this one.
+        used = {
+            var for eqn in jaxpr.jaxpr.eqns for var in eqn.invars if not isinstance(var, Literal)
+        }
+        inputs, came = [], {}
+        for i, var in zip(traced, jaxpr.jaxpr.invars, strict=True):
+            leaf = settle(leaves[i]) if var in used else leaves[i]
+            came[id(leaf)] = leaves[i]
+            inputs.append(Lazy.of(leaf, _name(flat[i][0])) if is_weight(leaf) else leaf)
         evaluation = Evaluation(strict=strict, seen=seen)
         outputs = evaluation.walk(jaxpr.jaxpr, jaxpr.consts, inputs)
         outputs = [
-            x.array if isinstance(x, Lazy) and x.is_whole() else evaluation.dense(x, "return")
+            came.get(id(x.array), x.array)
+            if isinstance(x, Lazy) and x.is_whole()
+            else evaluation.dense(x, "return")
             for x in outputs
         ]
         return jax.tree.unflatten(jax.tree.structure(out_shape), outputs)

@@ -17,8 +17,8 @@ from qlora_jax.checkpoints.names import OnTensor, Parameter, parameters
 from qlora_jax.checkpoints.quant_state import QuantState
 from qlora_jax.checkpoints.shards import write_shards
 from qlora_jax.errors import QloraError
-from qlora_jax.lora import LoraArray
-from qlora_jax.lora.adapters import named_leaves
+from qlora_jax.lora import AdaptedArray
+from qlora_jax.lora.tree import named_leaves
 from qlora_jax.quant import QuantConfig, QuantizedArray, bnb
 
 logger = logging.getLogger("qlora_jax.export")
@@ -47,7 +47,7 @@ def save_bitsandbytes(
     if storage not in get_args(Storage):
         raise QloraError(f"storage is {storage!r}; expected one of {', '.join(get_args(Storage))}")
     leaves = named_leaves(model.params if params is None else params)
-    if lora := [path for path, x in leaves.items() if isinstance(x, LoraArray)]:
+    if lora := [path for path, x in leaves.items() if isinstance(x, AdaptedArray)]:
         raise QloraError(
             f"{folder}: {lora[0]} has an adapter, which merging into 4 bits would round away; save "
             "it with peft.save, or the merged model with save_pretrained or save_gguf"

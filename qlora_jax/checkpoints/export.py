@@ -16,8 +16,8 @@ from qlora_jax.checkpoints.names import OnTensor, Parameter, count_tensors, para
 from qlora_jax.checkpoints.shards import write_shards
 from qlora_jax.checkpoints.tensors import fault_of
 from qlora_jax.errors import QloraError
-from qlora_jax.lora.adapters import named_leaves
-from qlora_jax.lora.array import is_weight
+from qlora_jax.lora.array import is_weight, map_stacked
+from qlora_jax.lora.tree import named_leaves
 
 
 def save_pretrained(
@@ -58,7 +58,7 @@ def layers_of(
             at = parameter.at(layer)
             # Without a stack the leaf is the layer; indexing would copy it, if it is not on disk.
             whole = not parameter.stacked and isinstance(leaf, jax.Array)
-            yield parameter, layer, leaf if whole else jax.tree.map(lambda x, at=at: x[at], leaf)
+            yield parameter, layer, leaf if whole else map_stacked(lambda x, at=at: x[at], leaf)
             if on_tensor is not None:
                 on_tensor(total)
 

@@ -15,7 +15,7 @@ from qlora_jax.checkpoints.folder import new_folder
 from qlora_jax.checkpoints.model import Model
 from qlora_jax.checkpoints.tensors import read_json
 from qlora_jax.errors import QloraError, reason
-from qlora_jax.lora.adapters import named_leaves
+from qlora_jax.lora.tree import named_leaves
 from qlora_jax.models import abstract_params
 from qlora_jax.models.typed import checked, needed
 from qlora_jax.quant import QuantConfig, QuantizedArray, path_str, quantize

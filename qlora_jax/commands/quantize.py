@@ -8,7 +8,7 @@ import jax
 from qlora_jax.checkpoints.quantized import save_quantized
 from qlora_jax.commands.options import ModelOptions
 from qlora_jax.errors import QloraError
-from qlora_jax.lora.adapters import named_leaves
+from qlora_jax.lora.tree import named_leaves
 from qlora_jax.quant import QuantizedArray
 
 

@@ -12,7 +12,14 @@ from jax.interpreters import ad
 
 from qlora_jax.lifting.lazy import Lazy
 from qlora_jax.lifting.view import View
-from qlora_jax.lora.array import LoraArray
+from qlora_jax.lora.array import (
+    AdaptedArray,
+    apart,
+    cotangent,
+    map_stacked,
+    together,
+    trained_part,
+)
 
 
 class Walker(Protocol):
@@ -51,13 +58,16 @@ def scan(eqn: JaxprEqn, inputs: list[Any], walker: Walker) -> list[Any]:
     num_consts, num_carry = _scan_counts(params)
     consts, carry = inputs[:num_consts], inputs[num_consts : num_consts + num_carry]
     xs = [_leading(x, walker) for x in inputs[num_consts + num_carry :]]
+    scanned, common = zip(*(_scanned(x) for x in xs), strict=True) if xs else ((), ())
     leaving = _Leaving()
 
     def attempt(fixed: "_FixedCarry") -> list[Any]:
         def step(moving: list[Any], leaves: list[Any]) -> tuple[list[Any], list[Any]]:
             slices = [
-                Lazy(leaf, x.view.drop(0), x.dtype, x.path) if isinstance(x, Lazy) else leaf
-                for x, leaf in zip(xs, leaves, strict=True)
+                Lazy(together(leaf, shared), x.view.drop(0), x.dtype, x.path)
+                if isinstance(x, Lazy)
+                else leaf
+                for x, (leaf, shared) in zip(xs, zip(leaves, common, strict=True), strict=True)
             ]
             outputs = walker.walk(
                 closed.jaxpr, closed.consts, [*consts, *fixed.join(moving), *slices]
@@ -65,9 +75,8 @@ def scan(eqn: JaxprEqn, inputs: list[Any], walker: Walker) -> list[Any]:
             ys = leaving.pack(outputs[num_carry:], slices, walker, "scan")
             return fixed.split(outputs[:num_carry], walker, "scan"), ys
 
-        leaves = [x.array if isinstance(x, Lazy) else x for x in xs]
         options = {name: params[name] for name in ("length", "reverse", "unroll")}
-        moving, ys = jax.lax.scan(step, fixed.moving, leaves, **options)
+        moving, ys = jax.lax.scan(step, fixed.moving, list(scanned), **options)
         return [*fixed.join(moving), *leaving.unpack(ys, xs, scanned=True)]
 
     return _with_fixed_carry(carry, attempt, walker, "scan")
@@ -127,7 +136,7 @@ def custom_jvp(eqn: JaxprEqn, inputs: list[Any], walker: Walker) -> list[Any]:
 
     It becomes one with a gradient of its own, that of its derivative (forward-mode differentiation
     could not pass a 4-bit product in any case). Both programs are walked like any other; tangents
-    are dense, and what the derivative says of a weight is projected on A and B as in `custom_vjp`.
+    are dense, and what the derivative says of a weight is projected as in `custom_vjp`.
     """
     _, jvp = eqn.primitive.get_bind_params(eqn.params)["subfuns"]
     closed: ClosedJaxpr = eqn.params["call_jaxpr"]
@@ -138,7 +147,7 @@ def custom_jvp(eqn: JaxprEqn, inputs: list[Any], walker: Walker) -> list[Any]:
         for i, (x, aval) in enumerate(zip(inputs, types, strict=True))
         if i >= eqn.params["num_consts"]
         and _is_inexact(aval)
-        and not (isinstance(x, Lazy) and not isinstance(x.array, LoraArray))
+        and not (isinstance(x, Lazy) and not isinstance(x.array, AdaptedArray))
     ]
     outs = [i for i, var in enumerate(eqn.outvars) if _is_inexact(var.aval)]
 
@@ -197,7 +206,7 @@ def custom_vjp(eqn: JaxprEqn, inputs: list[Any], walker: Walker) -> list[Any]:
     """A function with a gradient of its own, to which weights are passed.
 
     Its forward and backward programs are walked like any other, and weights among the residuals
-    stay lazy. The cotangent that it computes for a weight W is projected on A and B.
+    stay lazy. The cotangent that it computes for a weight W is projected on what is trained.
     """
     _, _, bwd = eqn.primitive.get_bind_params(eqn.params)["subfuns"]
     closed: ClosedJaxpr = eqn.params["call_jaxpr"]
@@ -257,16 +266,16 @@ def _project(w: Lazy | None, gradient: Any) -> Any:
     """The cotangent of a lazy input, from that of the dense array for which it stands."""
     if w is None or gradient is None:
         return gradient
-    if not isinstance(w.array, LoraArray):
+    trained = trained_part(w.array)
+    if not trained:
         return None  # a frozen weight has none
 
-    def dense(a: jax.Array, b: jax.Array) -> jax.Array:
-        return dataclasses.replace(w, array=dataclasses.replace(w.array, a=a, b=b)).dense()
+    def dense(trained: dict[str, Any]) -> jax.Array:
+        return dataclasses.replace(w, array=dataclasses.replace(w.array, **trained)).dense()
 
-    _, pull = jax.vjp(dense, w.array.a, w.array.b)
-    a, b = pull(gradient.astype(w.dtype))
-    frozen = {"base": None, "scaling": None, "dropout_key": None}
-    return dataclasses.replace(w, array=dataclasses.replace(w.array, a=a, b=b, **frozen))
+    _, pull = jax.vjp(dense, trained)
+    (pulled,) = pull(gradient.astype(w.dtype))
+    return dataclasses.replace(w, array=cotangent(w.array, pulled))
 
 
 class _Leaving:
@@ -377,8 +386,13 @@ def _leading(x: Any, walker: Walker) -> Any:
         return walker.dense(x, "scan")
     if axis == 0:
         return x
-    array = jax.tree.map(lambda leaf: jnp.moveaxis(leaf, axis, 0), x.array)
+    array = map_stacked(lambda leaf: jnp.moveaxis(leaf, axis, 0), x.array)
     return Lazy(array, x.view.drop(0).stacked(x.shape[0]), x.dtype, x.path)
+
+
+def _scanned(x: Any) -> tuple[Any, dict[str, Any]]:
+    """What is scanned over of x, and what of it is the same at every turn."""
+    return apart(x.array) if isinstance(x, Lazy) else (x, {})
 
 
 def _source(jaxpr: Any, place: int) -> int | None:

@@ -4,7 +4,6 @@ This is `jax.lax.ragged_dot`, by which the experts of a mixture are computed: ro
 expert, weights [E, K, N], and how many rows each expert has.
 """
 
-import dataclasses
 import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -15,7 +14,13 @@ from jax.extend.core import JaxprEqn
 
 from qlora_jax.lifting.lazy import Lazy
 from qlora_jax.lifting.products import matmul, matmul_transposed
-from qlora_jax.lora.array import LoraArray
+from qlora_jax.lora.array import (
+    AdaptedArray,
+    cotangent,
+    map_stacked,
+    together,
+    trained_part,
+)
 from qlora_jax.quant.varying import vary_alike
 
 DECODING_ROWS = 64
@@ -26,8 +31,8 @@ def ragged_dot_general(eqn: JaxprEqn, x: Any, w: Any, group_sizes: Any) -> jax.A
     """The rule for x [M, K] and one stack of weights, contracted over K or over N; else None.
 
     Memory and work are those of the rows alone: each group's rows are taken in blocks, and a block
-    decodes the one weight that it is multiplied with. The gradient for A and B of a stack is added
-    where its weight lies; the frozen weights have none.
+    decodes the one weight that it is multiplied with. The gradient for what is trained of a stack
+    is added where its weight lies; the frozen weights have none.
     """
     numbers = eqn.params["ragged_dot_dimension_numbers"]
     (x_contracted, w_contracted), (_, shared) = numbers.dot_dimension_numbers
@@ -60,7 +65,8 @@ def _grouped(
     one: Callable[[jax.Array, Any], jax.Array], result: Any, x: Any, w: Any, sizes: Any
 ) -> jax.Array:
     """one(rows, weight of their group) for every group of rows; zero for rows that are in none."""
-    x, w, sizes = vary_alike((x, w, sizes))
+    # Sizes that are constants of the program come as NumPy's, which no traced index fits.
+    x, w, sizes = vary_alike((x, w, jnp.asarray(sizes)))
 
     @jax.custom_vjp
     def run(x: jax.Array, w: Any, sizes: jax.Array) -> jax.Array:
@@ -81,33 +87,27 @@ def _grouped(
         x, w, sizes = kept
         blocks = _Blocks(len(x), sizes)
         padded, g = blocks.pad(x), blocks.pad(g)
-        factors = (w.a, w.b) if isinstance(w, LoraArray) else ()
+        trained = trained_part(w)
 
         def step(i: jax.Array, carry: Any) -> Any:
             dx, sums = carry
             block = blocks[i]
             weight = block.weight(w)
 
-            def of(rows: jax.Array, factors: tuple[jax.Array, ...]) -> jax.Array:
-                return one(rows, _with_factors(weight, factors))
+            def of(rows: jax.Array, trained: dict[str, jax.Array]) -> jax.Array:
+                return one(rows, together(weight, trained))
 
-            _, pull = jax.vjp(of, block.read(padded), tuple(map(block.of_group, factors)))
+            _, pull = jax.vjp(of, block.read(padded), jax.tree.map(block.of_group, trained))
             d_rows, new = pull(block.read(g))
-            sums = [s.at[block.group].add(d) for s, d in zip(sums, new, strict=True)]
+            sums = jax.tree.map(lambda total, d: total.at[block.group].add(d), sums, new)
             return block.write(dx, d_rows), sums
 
-        start = (jnp.zeros_like(padded), [jnp.zeros_like(factor) for factor in factors])
+        start = (jnp.zeros_like(padded), jax.tree.map(jnp.zeros_like, trained))
         dx, sums = jax.lax.fori_loop(0, blocks.count, step, start)
-        frozen = {"base": None, "scaling": None, "dropout_key": None}
-        dw = dataclasses.replace(_with_factors(w, sums), **frozen) if factors else None
-        return dx[: len(x)], dw, None
+        return dx[: len(x)], cotangent(w, sums), None
 
     run.defvjp(forward, backward)
     return run(x, w, sizes)
-
-
-def _with_factors(w: Any, factors: Any) -> Any:
-    return dataclasses.replace(w, a=factors[0], b=factors[1]) if factors else w
 
 
 class _Blocks:
@@ -166,10 +166,10 @@ class _Block(NamedTuple):
 
     def weight(self, w: Any) -> Any:
         """The group's weight out of the stack; each block draws a dropout mask of its own."""
-        one = jax.tree.map(self.of_group, w)
-        if isinstance(one, LoraArray) and one.dropout_key is not None:
+        one = map_stacked(self.of_group, w)
+        if isinstance(one, AdaptedArray) and one.dropout_key is not None:
             key = jax.random.fold_in(one.dropout_key, self.number)
-            one = dataclasses.replace(one, dropout_key=key)
+            one = together(one, {"dropout_key": key})
         return one
 
 

@@ -7,8 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from qlora_jax.lifting.view import View, in_storage_order, sizes
-from qlora_jax.lora.array import LoraArray
-from qlora_jax.quant import QuantizedArray
+from qlora_jax.lora.array import map_stacked
 
 
 @jax.tree_util.register_dataclass
@@ -16,7 +15,7 @@ from qlora_jax.quant import QuantizedArray
 class Lazy:
     """What stands for a dense array [*view.shape] of `dtype` while the function is walked.
 
-    array: LoraArray or QuantizedArray. path: the parameter it came from, for messages.
+    array: AdaptedArray or QuantizedArray. path: the parameter it came from, for messages.
     A pytree, so that it can enter and leave loops and branches.
     """
 
@@ -28,8 +27,7 @@ class Lazy:
     @classmethod
     def of(cls, array: Any, path: str) -> "Lazy":
         """A weight as it is stored: [batch..., *K axes, *N axes]."""
-        k_shape, n_shape = kn_shapes(array)
-        view = View.whole(array.batch_shape, k_shape, n_shape)
+        view = View.whole(array.batch_shape, array.k_shape, array.n_shape)
         return cls(array, view, jnp.dtype(array.dtype), path)
 
     @property
@@ -73,13 +71,4 @@ class Lazy:
             return jnp.take(leaf, index, axis, mode="clip")
 
         view = self.view.drop(place)
-        return dataclasses.replace(self, array=jax.tree.map(one, self.array), view=view)
-
-
-def kn_shapes(array: Any) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """The contracted and the output axes of a LoraArray or QuantizedArray."""
-    if isinstance(array, QuantizedArray):
-        return array.k_shape, array.n_shape
-    assert isinstance(array, LoraArray)
-    start = len(array.batch_shape)
-    return array.shape[start : start + array.k_ndim], array.shape[start + array.k_ndim :]
+        return dataclasses.replace(self, array=map_stacked(one, self.array), view=view)

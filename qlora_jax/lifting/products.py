@@ -3,15 +3,17 @@
 import dataclasses
 import functools
 import math
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax.extend.core import JaxprEqn
 
-from qlora_jax.lifting.lazy import Lazy, kn_shapes
+from qlora_jax.lifting.lazy import Lazy
 from qlora_jax.lifting.view import Atom, View, sizes
-from qlora_jax.lora.array import LoraArray
+from qlora_jax.lora.array import AdaptedArray, LoraArray, apart, map_stacked, together
+from qlora_jax.lora.vera import VeraArray
 from qlora_jax.quant import QuantizedArray, nf4_matmul, nf4_matmul_transposed
 from qlora_jax.quant.varying import vary_alike
 
@@ -23,38 +25,101 @@ def matmul(x: jax.Array, w: Any, out_dtype: Any, precision: Any = None) -> jax.A
     """
     if isinstance(w, QuantizedArray):
         return nf4_matmul(x, w, out_dtype=out_dtype, precision=precision)
-    if not isinstance(w, LoraArray):
+    if not isinstance(w, AdaptedArray):
         return _dot(x, w, out_dtype, precision)
-    a, b = w.factors()
-    base = matmul(x, _matrix(w), out_dtype, precision)
-    return base + _low_rank(_dropout(x, w), a, b, w.scaling, out_dtype, precision)
+    matrix = _matrix(w)
+    return _adapted(
+        x,
+        w,
+        lambda x: matmul(x, matrix, out_dtype, precision),
+        lambda x: _low_rank(x, w, out_dtype, precision),
+    )
 
 
 def matmul_transposed(g: jax.Array, w: Any, out_dtype: Any, precision: Any = None) -> jax.Array:
     """g [..., N] times the transpose of one weight seen as [K, N] -> [..., K]."""
     if isinstance(w, QuantizedArray):
         return nf4_matmul_transposed(g, w, out_dtype=out_dtype, precision=precision)
-    if not isinstance(w, LoraArray):
+    if not isinstance(w, AdaptedArray):
         return _dot(g, w.T, out_dtype, precision)
-    a, b = w.factors()
+    if isinstance(w, LoraArray) and w.gain is not None:
+        g = _scaled(g, w.gain.reshape(-1))
     base = matmul_transposed(g, _matrix(w), out_dtype, precision)
-    return base + _low_rank(_dropout(g, w), b.T, a.T, w.scaling, out_dtype, precision)
+    return base + _low_rank_transposed(_dropout(g, w), w, out_dtype, precision)
 
 
-def _matrix(w: LoraArray) -> Any:
+def _matrix(w: AdaptedArray) -> Any:
     """The base of one weight; a dense one as [K, N]."""
     if isinstance(w.base, QuantizedArray):
         return w.base
-    return w.base.reshape(math.prod(kn_shapes(w)[0]), -1)
+    return w.base.reshape(math.prod(w.k_shape), -1)
 
 
-def _low_rank(
-    x: jax.Array, a: jax.Array, b: jax.Array, scaling: jax.Array, out_dtype: Any, precision: Any
+def _adapted(
+    x: jax.Array,
+    w: AdaptedArray,
+    base: Callable[[jax.Array], jax.Array],
+    low_rank: Callable[[jax.Array], jax.Array],
+    axis: int = -1,
 ) -> jax.Array:
-    """scaling * (x A) B for x [..., K]."""
-    x, a, b, scaling = vary_alike((x, a, b, scaling))
-    inner = _small_dot(x, a.astype(x.dtype), x.dtype, precision)
-    return _small_dot(inner, (b * scaling).astype(x.dtype), out_dtype, precision)
+    """What x makes of an adapted weight, from what it makes of the two parts; axis: of outputs."""
+    dropped = _dropout(x, w)
+    gain = w.gain if isinstance(w, LoraArray) else None
+    if gain is None:
+        return base(x) + low_rank(dropped)
+    gain = gain.reshape(-1)
+    if dropped is x:
+        return _scaled(base(x) + low_rank(x), gain, axis)
+    # As the paper's and PEFT's programs have it: dropout hides x from all that DoRA changes.
+    return (
+        base(x) + _scaled(base(dropped), gain - 1.0, axis) + _scaled(low_rank(dropped), gain, axis)
+    )
+
+
+def _scaled(y: jax.Array, gain: jax.Array, axis: int = -1) -> jax.Array:
+    """y times fp32 `gain` [N] along `axis`, rounded once: small steps of a gain are not lost."""
+    gain = gain.reshape(-1, *(1,) * (y.ndim - 1 - axis % y.ndim))
+
+    # Under checkpoint y is kept in its own dtype for the gain's gradient, not in fp32.
+    @functools.partial(jax.checkpoint, prevent_cse=False)
+    def scale(y: jax.Array, gain: jax.Array) -> jax.Array:
+        return (y.astype(jnp.float32) * gain).astype(y.dtype)
+
+    return scale(y, gain)
+
+
+def _low_rank(x: jax.Array, w: AdaptedArray, out_dtype: Any, precision: Any) -> jax.Array:
+    """scaling * (x A) B for x [..., K], or what stands for it in VeRA."""
+    a, _ = w.factors()
+    if isinstance(w, VeraArray):
+        return _from_rank(_dot(x, a, x.dtype, precision), w, out_dtype, precision)
+    x, a = vary_alike((x, a))
+    return _from_rank(_small_dot(x, a.astype(x.dtype), x.dtype, precision), w, out_dtype, precision)
+
+
+def _from_rank(inner: jax.Array, w: AdaptedArray, out_dtype: Any, precision: Any) -> jax.Array:
+    """The second half of it: inner [..., R], which is x A -> [..., N]."""
+    _, b = w.factors()
+    if isinstance(w, VeraArray):
+        out = _dot(inner * w.lambda_d.astype(inner.dtype), b, out_dtype, precision)
+        return out * w.lambda_b.reshape(-1).astype(out_dtype)
+    assert isinstance(w, LoraArray)
+    inner, b, scaling = vary_alike((inner, b, w.scaling))
+    return _small_dot(inner, (b * scaling).astype(inner.dtype), out_dtype, precision)
+
+
+def _low_rank_transposed(
+    g: jax.Array, w: AdaptedArray, out_dtype: Any, precision: Any
+) -> jax.Array:
+    """The same of the transpose: scaling * (g B^T) A^T for g [..., N] -> [..., K]."""
+    a, b = w.factors()
+    if isinstance(w, VeraArray):
+        inner = _dot(g * w.lambda_b.reshape(-1).astype(g.dtype), b.T, g.dtype, precision)
+        return _dot(inner * w.lambda_d.astype(g.dtype), a.T, out_dtype, precision)
+    assert isinstance(w, LoraArray)
+    g, a, b, scaling = vary_alike((g, a, b, w.scaling))
+    inner = _small_dot(g, b.T.astype(g.dtype), g.dtype, precision)
+    return _small_dot(inner, (a.T * scaling).astype(g.dtype), out_dtype, precision)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
@@ -93,7 +158,7 @@ def _dot(x: jax.Array, w: jax.Array, out_dtype: Any, precision: Any) -> jax.Arra
     return jnp.dot(x, w.astype(x.dtype), preferred_element_type=out_dtype, precision=precision)
 
 
-def _dropout(x: jax.Array, w: LoraArray) -> jax.Array:
+def _dropout(x: jax.Array, w: AdaptedArray) -> jax.Array:
     if w.dropout_key is None:
         return x
     keep = jax.random.bernoulli(w.dropout_key, 1.0 - w.dropout, x.shape)
@@ -142,12 +207,14 @@ def dot_general(eqn: JaxprEqn, lhs: Any, rhs: Any) -> jax.Array | None:
     result: Any = eqn.outvars[0].aval
     precision = eqn.params["precision"]
 
+    stacked, common = apart(w.array)
+
     def one(x: jax.Array, w: Any) -> jax.Array:
-        return product(x, w, result.dtype, precision)
+        return product(x, together(w, common), result.dtype, precision)
 
     for atom in reversed(batch):
         one = jax.vmap(one, in_axes=(0 if atom in shared else None, 0))
-    out = one(x, w.array)
+    out = one(x, stacked)
 
     # Now [batch..., free..., outer]; dot_general wants [shared..., lhs free..., rhs free...].
     have = [*batch, *x_free, *outer]
@@ -203,18 +270,20 @@ def _one_of_stack(eqn: JaxprEqn, w: Lazy, axis: int, index: jax.Array) -> Lazy:
         is_float = jnp.issubdtype(leaf.dtype, jnp.floating)
         return jnp.where(inside, leaf, jnp.asarray(jnp.nan, leaf.dtype)) if is_float else leaf
 
-    return dataclasses.replace(one, array=jax.tree.map(nan_outside, one.array))
+    return dataclasses.replace(one, array=map_stacked(nan_outside, one.array))
 
 
 def _rows(w: Any, ids: jax.Array, dtype: Any) -> jax.Array:
     """Rows `ids` of one weight seen as [K, N] -> [*ids, N]."""
     if isinstance(w, QuantizedArray):
         return w.rows(ids, dtype)
-    if not isinstance(w, LoraArray):
+    if not isinstance(w, AdaptedArray):
         return w[ids].astype(dtype)
-    a, b = w.factors()
-    low_rank = jnp.dot(a[ids], b, preferred_element_type=jnp.float32) * w.scaling
-    return (_rows(_matrix(w), ids, jnp.float32) + low_rank).astype(dtype)
+    low_rank = _from_rank(w.factors()[0][ids], w, jnp.float32, None)
+    rows = _rows(_matrix(w), ids, jnp.float32) + low_rank
+    if isinstance(w, LoraArray) and w.gain is not None:
+        rows = rows * w.gain.reshape(-1)
+    return rows.astype(dtype)
 
 
 def conv_general_dilated(eqn: JaxprEqn, x: Any, w: Any) -> jax.Array | None:
@@ -247,21 +316,27 @@ def conv_general_dilated(eqn: JaxprEqn, x: Any, w: Any) -> jax.Array | None:
         )
 
     array = w.array
-    base = array.base if isinstance(array, LoraArray) else array
-    frozen = Lazy(base, w.view, w.dtype, w.path)
-    # Under checkpoint only the 4-bit kernel is kept for the backward pass.
-    out = jax.checkpoint(lambda x, w: conv(x, _dense_kernel(w)))(x, frozen)
-    if isinstance(array, LoraArray):
-        a, b = array.factors()
-        dims = list(w.view.dims)
-        dims[features] = (Atom((), "n", a.shape[-1]),)
-        kernel = w.arrange(a.astype(w.dtype), View(tuple(dims)))
-        inner = conv(_dropout(x, array), kernel)
-        channel = numbers.out_spec[1]
-        inner = jnp.moveaxis(inner, channel, -1)
-        low_rank = _dot(inner, b * array.scaling, out.dtype, options["precision"])
-        out = out + jnp.moveaxis(low_rank, -1, channel)
-    return out
+    adapted = isinstance(array, AdaptedArray)
+    frozen = Lazy(array.base if adapted else array, w.view, w.dtype, w.path)
+
+    def base(x: jax.Array) -> jax.Array:
+        # Under checkpoint only the 4-bit kernel is kept for the backward pass.
+        return jax.checkpoint(lambda x, w: conv(x, _dense_kernel(w)))(x, frozen)
+
+    if not adapted:
+        return base(x)
+    a, _ = array.factors()
+    dims = list(w.view.dims)
+    dims[features] = (Atom((), "n", a.shape[-1]),)
+    kernel = w.arrange(a.astype(w.dtype), View(tuple(dims)))
+    channel = numbers.out_spec[1]
+
+    def low_rank(x: jax.Array) -> jax.Array:
+        inner = jnp.moveaxis(conv(x, kernel), channel, -1)
+        out = _from_rank(inner, array, inner.dtype, options["precision"])
+        return jnp.moveaxis(out, -1, channel)
+
+    return _adapted(x, array, base, low_rank, channel)
 
 
 def _dense_kernel(w: Lazy) -> jax.Array:

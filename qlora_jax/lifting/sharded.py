@@ -10,9 +10,10 @@ from jax.extend.core import JaxprEqn
 from jax.sharding import PartitionSpec
 
 from qlora_jax.lifting.control import Walker
-from qlora_jax.lifting.lazy import Lazy, kn_shapes
+from qlora_jax.lifting.lazy import Lazy
 from qlora_jax.lifting.view import Atom, View
-from qlora_jax.lora.array import LoraArray
+from qlora_jax.lora.array import AdaptedArray, LoraArray, together
+from qlora_jax.lora.vera import VeraArray
 from qlora_jax.quant import QuantizedArray
 
 
@@ -72,8 +73,8 @@ class _Cut:
     def _local(self, array: Any) -> Any:
         if isinstance(array, QuantizedArray):
             return dataclasses.replace(array, k_shape=self.k_shape, n_shape=self.n_shape)
-        if isinstance(array, LoraArray) and isinstance(array.base, QuantizedArray):
-            return dataclasses.replace(array, base=self._local(array.base))
+        if isinstance(array, AdaptedArray) and isinstance(array.base, QuantizedArray):
+            return together(array, {"base": self._local(array.base)})
         return array
 
 
@@ -85,7 +86,7 @@ def _cut(w: Lazy, spec: PartitionSpec, mesh: dict[str, int]) -> _Cut | None:
 
     Every contracted axis but the first must stay whole, and a shard must hold whole blocks.
     """
-    k_shape, n_shape = kn_shapes(w.array)
+    k_shape, n_shape = w.array.k_shape, w.array.n_shape
     batch = len(w.array.batch_shape)
     starts = {"k": batch, "n": batch + len(k_shape)}
     axis_names: dict[int, Names] = {}
@@ -110,14 +111,19 @@ def _cut(w: Lazy, spec: PartitionSpec, mesh: dict[str, int]) -> _Cut | None:
         return tuple(size // part for size, part in zip(sizes, parts, strict=True))
 
     n_start = batch + len(k_shape)
-    quantized = w.array.base if isinstance(w.array, LoraArray) else w.array
-    if isinstance(quantized, QuantizedArray):
-        # Codes and scales have K and N flattened: only their slowest axis can be cut.
+    quantized = w.array.base if isinstance(w.array, AdaptedArray) else w.array
+    if isinstance(quantized, QuantizedArray) or isinstance(w.array, VeraArray):
+        # Codes and scales, and VeRA's A and B, have K and N flattened: only their slowest axis can
+        # be cut.
         inner = {*range(batch + 1, n_start), *range(n_start + 1, n_start + len(n_shape))}
         if inner & set(axis_names):
             return None
-        if batch in axis_names and math.prod(local(k_shape, batch)) % quantized.block_size:
-            return None
+    if (
+        isinstance(quantized, QuantizedArray)
+        and batch in axis_names
+        and math.prod(local(k_shape, batch)) % quantized.block_size
+    ):
+        return None
 
     lead = [axis_names.get(i) for i in range(batch)]
     k_axes = [axis_names.get(batch + i) for i in range(len(k_shape))]
@@ -130,17 +136,27 @@ def _cut(w: Lazy, spec: PartitionSpec, mesh: dict[str, int]) -> _Cut | None:
         matrix = PartitionSpec(*lead, k_axes[0], n_axes[0])
         base_specs = dataclasses.replace(base, codes=matrix, scales=matrix)
     specs = base_specs
-    if isinstance(array, LoraArray):
+    if isinstance(array, AdaptedArray):
         keys = None if array.dropout_key is None else PartitionSpec(*lead)
-        specs = dataclasses.replace(
-            array,
-            base=base_specs,
-            a=PartitionSpec(*lead, *k_axes, None),
-            b=PartitionSpec(*lead, None, *n_axes),
-            scaling=PartitionSpec(*lead),
-            dropout_key=keys,
-        )
-        array = dataclasses.replace(array, base=base)
+        specs = together(array, {"base": base_specs, "dropout_key": keys})
+        if isinstance(array, VeraArray):
+            specs = dataclasses.replace(
+                specs,
+                a=PartitionSpec(*k_axes[:1], None),
+                b=PartitionSpec(None, *n_axes[:1]),
+                lambda_d=PartitionSpec(*lead, None),
+                lambda_b=PartitionSpec(*lead, *n_axes),
+            )
+        else:
+            assert isinstance(array, LoraArray)
+            specs = dataclasses.replace(
+                specs,
+                a=PartitionSpec(*lead, *k_axes, None),
+                b=PartitionSpec(*lead, None, *n_axes),
+                scaling=PartitionSpec(*lead),
+                gain=None if array.gain is None else PartitionSpec(*lead, *n_axes),
+            )
+        array = together(array, {"base": base})
     else:
         array = base
     return _Cut(

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from jax.extend.core import JaxprEqn
 
 from qlora_jax.lifting.lazy import Lazy
+from qlora_jax.lora.array import map_stacked
 
 
 def _same(eqn: JaxprEqn, w: Lazy) -> Lazy | None:
@@ -78,13 +79,13 @@ def _dynamic_slice(eqn: JaxprEqn, w: Lazy, *starts: Any) -> Lazy | None:
         def cut(leaf: Any, start: Any = start, size: int = size, axis: int = axis) -> Any:
             return jax.lax.dynamic_slice_in_dim(leaf, start, size, axis)
 
-        w = _resized(w, place, size, jax.tree.map(cut, w.array))
+        w = _resized(w, place, size, map_stacked(cut, w.array))
     return w
 
 
 def _cut_stack(w: Lazy, place: int, chosen: range, axis: int) -> Lazy:
     cut = (slice(None),) * axis + (slice(chosen.start, chosen.stop, chosen.step),)
-    return _resized(w, place, len(chosen), jax.tree.map(lambda leaf: leaf[cut], w.array))
+    return _resized(w, place, len(chosen), map_stacked(lambda leaf: leaf[cut], w.array))
 
 
 def _resized(w: Lazy, place: int, size: int, array: Any) -> Lazy:

@@ -3,8 +3,8 @@
 import dataclasses
 import math
 import re
-from collections.abc import Mapping
-from typing import TypeVar
+from collections.abc import Iterable, Mapping
+from typing import Any, TypeVar
 
 from qlora_jax.errors import QloraError
 
@@ -16,7 +16,7 @@ class LoraConfig:
     """Low-rank adapters (LoRA, arXiv:2106.09685): W x becomes W x + scaling * B A x.
 
     Raises QloraError for a rank below 1, an alpha that is not positive, a dropout outside [0, 1),
-    and what is no regular expression where one may stand.
+    an `init` that there is not, and what is no regular expression where one may stand.
     """
 
     rank: int = 16
@@ -38,6 +38,16 @@ class LoraConfig:
     """Likewise for alpha."""
     modules_to_save: tuple[str, ...] = ()
     """Modules trained in full, by their names or ends of them."""
+    dora: bool = False
+    """Train the length of each output's weights too, and of A B only the direction that they take
+    (arXiv:2402.09353)."""
+    init: str = "default"
+    """What A and B start from: default (A kaiming-uniform, B zero); gaussian (A normal with the
+    deviation 1 / rank); pissa, the largest singular values of the weight, which are taken out of it
+    (arXiv:2404.02948), or pissa_niter_4, the same by 4 iterations; loftq, what quantization loses
+    (arXiv:2310.08659)."""
+    loftq_iter: int = 1
+    """How often loftq quantizes what its last A B leaves of the weight."""
 
     def __post_init__(self) -> None:
         for where, rank in {"rank": self.rank, **self.rank_pattern}.items():
@@ -48,22 +58,20 @@ class LoraConfig:
                 raise QloraError(f"alpha must be positive and finite, got {where} = {alpha}")
         if not 0.0 <= self.dropout < 1.0:
             raise QloraError(f"dropout must be in [0, 1), got {self.dropout}")
-        if not isinstance(self.targets, str):
-            object.__setattr__(self, "targets", tuple(self.targets))
-        object.__setattr__(self, "modules_to_save", tuple(self.modules_to_save))
-        expressions = {
-            "targets": [self.targets] if isinstance(self.targets, str) else [],
-            "rank_pattern": self.rank_pattern,
-            "alpha_pattern": self.alpha_pattern,
-        }
-        for setting, patterns in expressions.items():
-            for pattern in patterns:
-                try:
-                    matches(pattern, "")
-                except re.error as error:
-                    raise QloraError(
-                        f"{setting}: {pattern!r} is not a regular expression: {error}"
-                    ) from error
+        if not re.fullmatch(r"default|gaussian|pissa(_niter_[1-9]\d*)?|loftq", self.init):
+            raise QloraError(
+                f"init must be default, gaussian, pissa, pissa_niter_N or loftq, got {self.init!r}"
+            )
+        if self.loftq_iter < 1:
+            raise QloraError(f"loftq_iter must be at least 1, got {self.loftq_iter}")
+        check_modules(self)
+        check_expressions("rank_pattern", self.rank_pattern)
+        check_expressions("alpha_pattern", self.alpha_pattern)
+
+    @property
+    def changes_base(self) -> bool:
+        """Whether the initial values are taken out of the base weight, which must be dense then."""
+        return self.init == "loftq" or self.init.startswith("pissa")
 
     def rank_of(self, module: str) -> int:
         """R of a module, by its dotted name."""
@@ -73,6 +81,25 @@ class LoraConfig:
         """The factor on B A x for a module, by its dotted name."""
         rank, alpha = self.rank_of(module), _by_pattern(self.alpha_pattern, module, self.alpha)
         return alpha / (math.sqrt(rank) if self.rslora else rank)
+
+
+def check_modules(config: Any) -> None:
+    """Lists of modules in `config` become tuples. Raises QloraError for a bad pattern."""
+    if not isinstance(config.targets, str):
+        object.__setattr__(config, "targets", tuple(config.targets))
+    object.__setattr__(config, "modules_to_save", tuple(config.modules_to_save))
+    check_expressions("targets", [config.targets] if isinstance(config.targets, str) else [])
+
+
+def check_expressions(setting: str, patterns: Iterable[str]) -> None:
+    """Raises QloraError for a pattern that is no regular expression."""
+    for pattern in patterns:
+        try:
+            matches(pattern, "")
+        except re.error as error:
+            raise QloraError(
+                f"{setting}: {pattern!r} is not a regular expression: {error}"
+            ) from error
 
 
 def matches(pattern: str, module: str) -> bool:

@@ -1,18 +1,22 @@
 """Adding adapters into dense weights, and taking them out again."""
 
+import dataclasses
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from qlora_jax.errors import QloraError
-from qlora_jax.lora.adapters import Adapters, attach, named_leaves
+from qlora_jax.lora import dora
+from qlora_jax.lora.adapters import Adapters, attach
 from qlora_jax.lora.array import LoraWeights, dense_base, is_weight
+from qlora_jax.lora.tree import named_leaves
+from qlora_jax.lora.vera import PROJECTIONS, VeraWeights
 from qlora_jax.quant import QuantizedArray, path_str
 
 
 def merge(params: Any, adapters: Adapters, dtype: Any = None) -> Any:
-    """The tree with all weights dense and W + scaling * A B in place of W.
+    """The tree with all weights dense and W + scaling * A B, or what the variant makes, for W.
 
     Sums are taken in fp32 and rounded once to `dtype` (each weight's own by default). A 4-bit base
     is dequantized, never requantized, so that the result computes what was trained; `merge_errors`
@@ -30,16 +34,30 @@ def merge(params: Any, adapters: Adapters, dtype: Any = None) -> Any:
 
 
 def unmerge(params: Any, adapters: Adapters) -> Any:
-    """The inverse of `merge` on dense weights, up to the rounding of their dtype."""
+    """The inverse of `merge` on dense weights, up to the rounding of their dtype.
+
+    Raises QloraError for quantized weights, and for a DoRA adapter with columns larger than the
+    weight's own: then the merged weight does not say what it was.
+    """
     for path, leaf in named_leaves(params).items():
         if path in adapters and isinstance(leaf, QuantizedArray):
             raise QloraError(f"{path} is quantized: only a merged, dense tree can be unmerged")
-    negated = {
-        path: LoraWeights(-adapter.a, adapter.b, adapter.scaling)
-        for path, adapter in adapters.items()
-        if isinstance(adapter, LoraWeights)
-    }
-    return merge(params, negated)
+    negated: Adapters = {}
+    for path, adapter in adapters.items():
+        if isinstance(adapter, LoraWeights) and adapter.magnitude is None:
+            negated[path] = dataclasses.replace(adapter, a=-adapter.a)
+        elif isinstance(adapter, VeraWeights):
+            negated[path] = dataclasses.replace(adapter, lambda_b=-adapter.lambda_b)
+        elif path == PROJECTIONS:
+            negated[path] = adapter
+
+    def one(path: Any, leaf: Any) -> Any:
+        adapter = adapters.get(path_str(path))
+        if isinstance(adapter, LoraWeights) and adapter.magnitude is not None:
+            return dora.base_of(leaf, adapter).astype(leaf.dtype)
+        return leaf
+
+    return merge(jax.tree_util.tree_map_with_path(one, params, is_leaf=is_weight), negated)
 
 
 def merge_errors(

@@ -4,6 +4,7 @@ from collections.abc import Iterable
 
 from qlora_jax.errors import QloraError
 from qlora_jax.lora.config import LoraConfig, matches
+from qlora_jax.lora.vera import VeraConfig
 from qlora_jax.quant.policy import Policy
 
 _WEIGHTS = ("kernel", "embedding")
@@ -19,7 +20,9 @@ def module_name(path: str) -> str:
     return (parent if last in _WEIGHTS else path).replace("/", ".")
 
 
-def select_targets(shapes: dict[str, tuple[int, ...]], config: LoraConfig) -> list[str]:
+def select_targets(
+    shapes: dict[str, tuple[int, ...]], config: LoraConfig | VeraConfig
+) -> list[str]:
     """The paths, among those of `shapes`, that get an adapter.
 
     Raises QloraError for a target that matches nothing.

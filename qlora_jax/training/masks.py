@@ -16,22 +16,21 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from qlora_jax.lora import LoraArray
-from qlora_jax.lora.array import is_weight
+from qlora_jax.lora.array import AdaptedArray, is_weight, trained_fields
 from qlora_jax.quant import path_str
 
 
 def trainable_mask(tree: Any, also: Iterable[str] = ()) -> Any:
-    """A tree of booleans: True on A and B of every LoraArray, and on parameters at paths `also`.
+    """A tree of booleans: True on A and B of every LoraArray (of others what is trained in their
+    stead), and on parameters at paths `also`.
 
     also: what is trained in full, such as "lm_head/kernel". Raises KeyError for a missing path.
     """
     full = set(also)
 
     def one(path: Any, leaf: Any) -> Any:
-        if isinstance(leaf, LoraArray):
-            mask = jax.tree.map(lambda _: False, leaf)
-            return LoraArray(mask.base, True, True, False, mask.dropout_key, leaf.dropout)
+        if isinstance(leaf, AdaptedArray):
+            return trained_fields(leaf)
         name = path_str(path)
         chosen = name in full
         full.discard(name)

@@ -7,6 +7,7 @@ from typing import get_args
 import optax
 
 from qlora_jax.errors import QloraError
+from qlora_jax.training.lora_plus import lora_plus
 from qlora_jax.training.schedules import ScheduleName, schedule
 
 
@@ -31,6 +32,8 @@ class TrainSettings:
     """Micro-batches in a step: the gradient is that of all of them."""
     learning_rate: float = 2e-4
     """Peak of the schedule."""
+    loraplus_lr_ratio: float = 1.0
+    """How many times as high it is for B (LoRA+, arXiv:2402.12354, suggests 16)."""
     schedule: ScheduleName = "constant"
     """How the rate falls after the warm-up: not at all, to zero linearly, or along a cosine."""
     warmup: int | float = 0
@@ -67,7 +70,7 @@ class TrainSettings:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise QloraError(f"{name} must be at least 1, got {value}")
-        for name in ("epochs", "learning_rate", "max_grad_norm"):
+        for name in ("epochs", "learning_rate", "loraplus_lr_ratio", "max_grad_norm"):
             value = getattr(self, name)
             if value is not None and not 0 < value < math.inf:
                 raise QloraError(f"{name} must be positive, got {value}")
@@ -97,9 +100,10 @@ class TrainSettings:
 
     def optimizer(self, steps: int) -> optax.GradientTransformation:
         """AdamW on that schedule."""
-        return optax.adamw(
+        adamw = optax.adamw(
             self.learning_rates(steps),
             b1=self.beta1,
             b2=self.beta2,
             weight_decay=self.weight_decay,
         )
+        return adamw if self.loraplus_lr_ratio == 1 else lora_plus(adamw, self.loraplus_lr_ratio)

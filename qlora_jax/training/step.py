@@ -10,6 +10,7 @@ import optax
 
 from qlora_jax import lora
 from qlora_jax.errors import QloraError
+from qlora_jax.training.masks import combine, partition
 
 Batch = Any
 """A pytree of arrays, such as {"input_ids", "labels", "attention_mask"}, each [B, T]."""
@@ -25,8 +26,8 @@ Metrics = dict[str, jax.Array]
 class TrainState:
     """All that a step changes.
 
-    adapters   what is trained: see `qlora_jax.lora`
-    opt_state  the optimizer's state for them
+    adapters   what is trained, and what goes with it: see `qlora_jax.lora`
+    opt_state  the optimizer's state for what is trained
     step       int32 [], steps taken
     key        random key of the run; step n draws from fold_in(key, n)
     """
@@ -45,9 +46,10 @@ class TrainState:
     ) -> "TrainState":
         """The state before the first step; a copy of the adapters, since steps donate the state."""
         adapters = jax.tree.map(jnp.array, adapters)
+        trained, _ = _apart(adapters)
         return cls(
             adapters=adapters,
-            opt_state=optimizer.init(adapters),
+            opt_state=optimizer.init(trained),
             step=jnp.zeros((), jnp.int32),
             key=jax.random.key(0) if key is None else jnp.array(key),
         )
@@ -64,7 +66,7 @@ def make_train_step(
     """step(state, params, batch) -> (state, metrics), jit-compiled; `state` is donated.
 
     loss           `model.loss`, or any function of a parameter tree made fit by `qlora_jax.lift`
-    optimizer      any optax transformation; it sees the adapters only
+    optimizer      any optax transformation; it sees what is trained of the adapters only
     max_grad_norm  clip gradients to this global norm (None: do not)
     accumulate     batch leaves are [accumulate, B, ...]; gradients are summed over the first axis
     dropout        probability of dropping inputs of the adapters' A
@@ -77,10 +79,13 @@ def make_train_step(
     def gradients(
         adapters: lora.Adapters, params: Any, batch: Batch, key: jax.Array
     ) -> tuple[jax.Array, jax.Array, Any]:
-        def objective(adapters: lora.Adapters) -> tuple[jax.Array, jax.Array]:
+        trained, fixed = _apart(adapters)
+
+        def objective(trained: lora.Adapters) -> tuple[jax.Array, jax.Array]:
+            adapters = combine(trained, fixed)
             return loss(lora.attach(params, adapters, dropout=dropout, key=key), batch)
 
-        (total, tokens), grads = jax.value_and_grad(objective, has_aux=True)(adapters)
+        (total, tokens), grads = jax.value_and_grad(objective, has_aux=True)(trained)
         return total, tokens, grads
 
     def step(state: TrainState, params: Any, batch: Batch) -> tuple[TrainState, Metrics]:
@@ -107,8 +112,9 @@ def make_train_step(
         if max_grad_norm is not None:
             shrink = jnp.minimum(1.0, max_grad_norm / jnp.maximum(norm, 1e-30))
             grads = jax.tree.map(lambda g: g * shrink, grads)
-        updates, opt_state = optimizer.update(grads, state.opt_state, state.adapters)
-        adapters: Any = optax.apply_updates(state.adapters, updates)
+        trained, fixed = _apart(state.adapters)
+        updates, opt_state = optimizer.update(grads, state.opt_state, trained)
+        adapters = combine(optax.apply_updates(trained, updates), fixed)
         new = TrainState(adapters, opt_state, state.step + 1, state.key)
         return new, {"loss": total * scale, "grad_norm": norm, "tokens": tokens}
 
@@ -125,6 +131,11 @@ def make_eval_step(
         return loss(lora.attach(params, adapters), batch)
 
     return evaluate
+
+
+def _apart(adapters: lora.Adapters) -> tuple[Any, Any]:
+    """(what is trained, what goes with it), each with None where the other has its leaves."""
+    return partition(adapters, lora.trained_mask(adapters))
 
 
 def _check_micro_batches(batch: Batch, accumulate: int) -> None:

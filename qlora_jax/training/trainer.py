@@ -59,7 +59,7 @@ class FitResult:
 
 def fit(
     model: Model,
-    config: lora.LoraConfig,
+    config: lora.LoraConfig | lora.VeraConfig,
     train: TokenizedDataset,
     settings: TrainSettings,
     output: str | Path,

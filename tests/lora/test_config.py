@@ -103,3 +103,19 @@ def test_lists_become_tuples() -> None:
     config = LoraConfig(targets=["q_proj"], modules_to_save=["lm_head"])  # type: ignore[arg-type]
     assert config.targets == ("q_proj",)
     assert config.modules_to_save == ("lm_head",)
+
+
+@pytest.mark.parametrize("init", ("default", "gaussian", "pissa", "pissa_niter_16", "loftq"))
+def test_initial_values_by_name(init: str) -> None:
+    assert LoraConfig(init=init).changes_base == (init not in ("default", "gaussian"))
+
+
+@pytest.mark.parametrize("init", ("olora", "pissa_niter_0", "pissa_niter_", "Pissa", ""))
+def test_other_initial_values_are_refused(init: str) -> None:
+    with pytest.raises(QloraError, match=f"init must be default, .* got {init!r}"):
+        LoraConfig(init=init)
+
+
+def test_rounds_of_loftq_below_one_are_refused() -> None:
+    with pytest.raises(QloraError, match="loftq_iter must be at least 1, got 0"):
+        LoraConfig(loftq_iter=0)
