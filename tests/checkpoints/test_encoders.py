@@ -13,7 +13,7 @@ from safetensors.numpy import load_file, save_file
 import qlora_jax as qj
 from qlora_jax.checkpoints.export import save_pretrained
 from qlora_jax.checkpoints.names import parameters
-from qlora_jax.checkpoints.peft_names import target_names, whole_modules
+from qlora_jax.checkpoints.peft.target_names import target_names, whole_modules
 from qlora_jax.checkpoints.quantized import save_quantized
 from qlora_jax.errors import QloraError
 from tests import tiny

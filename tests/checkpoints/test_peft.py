@@ -22,12 +22,16 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> qj.Model:
     return qj.load(tiny.write_checkpoint(tmp_path_factory.mktemp("tiny")), quantization=qj.NF4())
 
 
-def trained(model: qj.Model, config: qj.LoraConfig) -> dict:
-    """Adapters in which nothing is zero."""
+def trained(model: qj.Model, config: qj.LoraConfig | qj.VeraConfig) -> dict:
+    """Adapters in which nothing that is trained is zero."""
     adapters = qj.lora.init(jax.random.key(1), model.params, config)
     leaves, tree = jax.tree.flatten(adapters)
+    moved = jax.tree.leaves(qj.lora.trained_mask(adapters))
     keys = jax.random.split(jax.random.key(2), len(leaves))
-    noisy = [x + 0.1 * jax.random.normal(k, x.shape) for x, k in zip(leaves, keys, strict=True)]
+    noisy = [
+        x + 0.1 * jax.random.normal(k, x.shape) if m else x
+        for x, k, m in zip(leaves, keys, moved, strict=True)
+    ]
     return jax.tree.unflatten(tree, noisy)
 
 
@@ -40,8 +44,11 @@ def trained(model: qj.Model, config: qj.LoraConfig) -> dict:
             rank=4, alpha=8, targets=("q_proj", "embed_tokens"), rank_pattern={"q_proj": 2}
         ),
         qj.LoraConfig(rank=4, alpha=8, alpha_pattern={"mlp.*": 3}, modules_to_save=("norm",)),
+        qj.LoraConfig(rank=4, alpha=8, dora=True, targets=("v_proj", "up_proj")),
+        qj.VeraConfig(rank=4, dropout=0.1, d_initial=0.3, modules_to_save=("norm",)),
+        qj.VeraConfig(rank=4, targets=("k_proj",), projection_prng_key=5, save_projection=False),
     ],
-    ids=["plain", "rslora", "ranks", "alphas and a norm in full"],
+    ids=["plain", "rslora", "ranks", "alphas and a norm in full", "dora", "vera", "vera, drawn"],
 )
 def test_what_is_saved_is_loaded(config, model, tmp_path):
     adapters = trained(model, config)
@@ -49,7 +56,9 @@ def test_what_is_saved_is_loaded(config, model, tmp_path):
     again, found = qj.peft.load(tmp_path / "a", model)
     assert jax.tree.structure(adapters) == jax.tree.structure(again)
     assert jax.tree.all(jax.tree.map(lambda x, y: bool((x == y).all()), adapters, again))
-    assert (found.dropout, found.rslora) == (config.dropout, config.rslora)
+    kept = ("dropout", "rslora", "dora", "d_initial", "projection_prng_key", "save_projection")
+    for name in kept:
+        assert getattr(found, name, None) == getattr(config, name, None)
     fresh = qj.lora.init(jax.random.key(0), model.params, found)
     assert jax.tree.structure(fresh) == jax.tree.structure(adapters)
 
@@ -208,7 +217,9 @@ def test_everything_that_does_not_fit_is_listed(model, saved):
     ("settings", "message"),
     [
         ({"peft_type": "IA3"}, "only LORA"),
-        ({"use_dora": True}, "use_dora=True"),
+        ({"use_dora": True}, "has A/B, needs A, B, magnitude"),
+        ({"use_dora": 1}, "use_dora is 1, expected true or false"),
+        ({"init_lora_weights": "pissa_niter_4"}, "belongs to a base that was changed"),
         ({"bias": "all"}, "bias='all'"),
         ({"r": None}, "adapter_config.json: r is missing; expected a whole number"),
         ({"r": "x"}, "r is 'x', expected a whole number"),
@@ -240,6 +251,46 @@ def test_a_tied_embedding_needs_weight_tying(model, tmp_path):
     change(tmp_path, ensure_weight_tying=False)
     with pytest.raises(qj.QloraError, match="tied to its embedding"):
         qj.peft.load(tmp_path, model)
+
+
+def test_dora_and_vera_are_of_all_layers(model, tmp_path):
+    """Where a layer has no adapter, its magnitudes and vectors would be trained all the same."""
+    for config in (
+        qj.LoraConfig(rank=2, targets=("q_proj",), dora=True),
+        qj.VeraConfig(rank=2, targets=("q_proj",)),
+    ):
+        folder = tmp_path / type(config).__name__
+        qj.peft.save(folder, trained(model, config), model, config)
+        drop(folder, "layers.0")
+        change(folder, layers_to_transform=[1])
+        with pytest.raises(qj.QloraError, match=r"there is none of model\.layers\.0\.self_attn"):
+            qj.peft.load(folder, model)
+
+
+def test_a_tied_embedding_under_dora_is_refused(model, tmp_path):
+    """PEFT would norm the head's rows, not the embedding's columns."""
+    adapters = trained(model, qj.LoraConfig(rank=2, targets=("embed_tokens",), dora=True))
+    with pytest.raises(qj.QloraError, match="norms of their own under DoRA"):
+        qj.peft.save(tmp_path, adapters, model)
+
+
+def test_projections_that_are_missing_or_do_not_fit(model, tmp_path):
+    config = qj.VeraConfig(rank=4, targets=("up_proj",))
+    adapters = trained(model, config)
+    qj.peft.save(tmp_path, adapters, model, config)
+    file = tmp_path / "adapter_model.safetensors"
+    tensors = load_file(file)
+    assert tensors["base_model.vera_A"].shape == (4, 64)
+    assert tensors["base_model.vera_B"].shape == (128, 4)
+    save_file(tensors | {"base_model.vera_B": np.ones((127, 4), np.float32)}, file)
+    with pytest.raises(qj.QloraError, match=r"vera_B \(127, 4\), expected at least \(4, 64\) and"):
+        qj.peft.load(tmp_path, model)
+    drop(tmp_path, "vera_A")
+    with pytest.raises(qj.QloraError, match="base_model.vera_A and base_model.vera_B: needed"):
+        qj.peft.load(tmp_path, model)
+    other = dataclasses.replace(config, projection_prng_key=1, save_projection=False)
+    with pytest.raises(qj.QloraError, match="they must be stored"):
+        qj.peft.save(tmp_path, adapters, model, other)
 
 
 def test_faults(model, saved, tmp_path, monkeypatch):

@@ -1,0 +1,7 @@
+"""Adapters in PEFT's format: adapter_config.json and adapter_model.safetensors, both ways."""
+
+from qlora_jax.checkpoints.peft.description import CONFIG, WEIGHTS
+from qlora_jax.checkpoints.peft.loading import load
+from qlora_jax.checkpoints.peft.writing import save
+
+__all__ = ["CONFIG", "WEIGHTS", "load", "save"]
