@@ -98,6 +98,24 @@ def test_from_training_to_a_merged_checkpoint(folder, rows, tmp_path, capsys, mo
     assert next(typed, None) is None
 
 
+def test_initial_values_taken_out_of_the_base(folder, rows, tmp_path, capsys):
+    """The base that is left is written, and named as the adapter's; without 4 bits too."""
+    for bits, init in (("nf4", "loftq"), ("none", "pissa_niter_2")):
+        output = tmp_path / bits
+        given = ("--model", folder, "--quantization", bits, "--data", rows, "--output", output)
+        lora = ("--lora.init", init, "--lora.targets", "q_proj", "--training.steps", 1)
+        run("train", *given, *lora, "--training.loraplus-lr-ratio", 4)
+        text = capsys.readouterr().out
+        assert f"belongs to the base in {output / 'base'}, not to" in text
+        assert f"chat --model {output / 'base'} --adapter {output}" in text
+        about = json.loads((output / "adapter_config.json").read_text())
+        assert about["base_model_name_or_path"] == str(output / "base")
+        on = ("--model", output / "base", "--adapter", output, "--prompt", "say a")
+        bits = "auto" if bits == "nf4" else bits
+        run("generate", *on, "--quantization", bits, "--sampling.max-new-tokens", 2)
+        capsys.readouterr()
+
+
 def test_merging_into_the_original_weights(folder, rows, tmp_path, capsys):
     adapter = tmp_path / "adapter"
     run("train", "--model", folder, "--data", rows, "--output", adapter, *ONE_MODULE)

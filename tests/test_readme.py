@@ -12,8 +12,8 @@ README = Path(__file__).resolve().parents[1] / "README.md"
 MODEL = '"HuggingFaceTB/SmolLM2-135M-Instruct"'
 
 
-def blocks(language: str) -> list[str]:
-    return re.findall(rf"^```{language}\n(.*?)^```", README.read_text(), re.DOTALL | re.MULTILINE)
+def blocks(language: str, page: Path = README) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```", page.read_text(), re.DOTALL | re.MULTILINE)
 
 
 @pytest.mark.standard_promotion

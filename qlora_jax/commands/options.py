@@ -35,10 +35,10 @@ class ModelOptions:
     dtype: DType = "auto"
     """Type of the computation; auto: float32 on CPU, bfloat16 elsewhere."""
 
-    def load(self) -> Model:
-        """The model, loaded."""
+    def load(self, *, dense: bool = False) -> Model:
+        """The model, loaded. dense: not quantized yet."""
         dtype = None if self.dtype == "auto" else self.dtype
-        return load(self.model, quantization=self.format(), dtype=dtype)
+        return load(self.model, quantization=None if dense else self.format(), dtype=dtype)
 
     def format(self) -> QuantConfig | None:
         """What `load` is to quantize to. Of a checkpoint in 4 bits it is None, to keep them, or, if

@@ -3,12 +3,17 @@
 import dataclasses
 from pathlib import Path
 
+import jax
+
 from qlora_jax.checkpoints import peft
+from qlora_jax.checkpoints.export import save_pretrained
+from qlora_jax.checkpoints.model import Model
+from qlora_jax.checkpoints.quantized import save_quantized
 from qlora_jax.commands.options import ModelOptions, need_tokenizer, program
 from qlora_jax.data import read_examples, tokenize
 from qlora_jax.data.tokenize import Template
 from qlora_jax.errors import QloraError
-from qlora_jax.lora import LoraConfig, count
+from qlora_jax.lora import Adapters, LoraConfig, count, init_quantized
 from qlora_jax.training.settings import TrainSettings
 from qlora_jax.training.trainer import fit
 
@@ -57,7 +62,8 @@ class Train(ModelOptions):
                     f"--eval-count {self.eval_count} leaves none of {len(examples)} rows to train"
                 )
             examples, held_out = examples[: -self.eval_count], examples[-self.eval_count :]
-        model = self.load()
+        taken_out = self.adapter is None and self.lora.changes_base
+        model = self.load(dense=taken_out)
         print(model)
         need_tokenizer(model)
         train = tokenize(examples, model.tokenizer, self.max_length, self.template)
@@ -69,6 +75,8 @@ class Train(ModelOptions):
         config, adapters = self.lora, None
         if self.adapter is not None:
             adapters, config = peft.load(self.adapter, model)
+        elif taken_out:
+            model, adapters = self._take_out(model)
         result = fit(
             model,
             config,
@@ -79,4 +87,18 @@ class Train(ModelOptions):
             adapters=adapters,
         )
         print(f"{count(result.adapters):,} parameters trained; adapter in {self.output}")
-        print(f"try it: {program()} chat --model {self.model} --adapter {self.output}")
+        base = model.source if taken_out else self.model
+        print(f"try it: {program()} chat --model {base} --adapter {self.output}")
+
+    def _take_out(self, model: Model) -> tuple[Model, Adapters]:
+        """The base that --lora.init leaves of a dense model, which is written, and the adapters."""
+        base, format = self.output / "base", self.format()
+        key = jax.random.key(self.training.seed)
+        params, adapters = init_quantized(key, model.params, self.lora, format)
+        model = dataclasses.replace(model, params=params, source=str(base))
+        if format is None:
+            save_pretrained(base, model, dtype=model.dtype)
+        else:
+            save_quantized(base, model)
+        print(f"{self.lora.init}: the adapter belongs to the base in {base}, not to {self.model}")
+        return model, adapters
