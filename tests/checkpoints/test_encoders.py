@@ -22,7 +22,7 @@ from tests.models.test_encoders import BERT, DEBERTA, ROBERTA, make_model
 pytestmark = pytest.mark.standard_promotion
 
 
-def write(folder: Path, hf: dict[str, Any], architecture: str, **settings: Any) -> qj.EncoderModel:
+def write(folder: Path, hf: dict[str, Any], architecture: str, **settings: Any) -> Any:
     model = make_model(hf, architecture, **settings)
     save_pretrained(folder, model, dtype=jnp.float32)
     return model

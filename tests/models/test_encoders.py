@@ -40,7 +40,7 @@ ROBERTA = TINY | {"model_type": "roberta", "type_vocab_size": 1}
 BERT = TINY | {"model_type": "bert"}
 
 
-def make_model(hf: dict[str, Any], architecture: str, **settings: Any) -> EncoderModel:
+def make_model(hf: dict[str, Any], architecture: str, **settings: Any) -> Any:
     config = read_config(hf | {"architectures": [architecture]} | settings)
     rng = np.random.default_rng(0)
 
