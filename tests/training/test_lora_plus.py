@@ -36,6 +36,7 @@ def test_updates_of_b_and_of_vectors_are_larger():
     assert adapter_labels(ADAPTERS)["embed/embedding"] == LoraWeights("embedding", "embedding", 2.0)
 
 
+@pytest.mark.standard_promotion
 def test_as_a_setting_it_is_adamw_with_two_rates():
     """Decay of weights included, which is proportional to the rate."""
     for ratio in (1.0, 16.0):
