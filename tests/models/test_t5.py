@@ -15,7 +15,7 @@ from qlora_jax.checkpoints.seq2seq import Seq2SeqModel
 from qlora_jax.models import abstract_params, bind, init_params, read_config
 from qlora_jax.models.t5 import relative_buckets
 from qlora_jax.models.t5_config import T5Config
-from tests.lift.oracle import check, quick
+from tests.lift.oracle import check
 
 BASE = {
     "model_type": "t5",
@@ -118,7 +118,7 @@ def test_padding_packing_and_the_cache_change_nothing(variant):
     source, target = jnp.pad(SOURCE, pads), jnp.pad(TARGET, pads)
     mask, own_mask = (jnp.pad(jnp.ones_like(x), pads) for x in (SOURCE, TARGET))
 
-    @quick
+    @jax.jit
     def run(params: Any) -> Any:
         t5 = bind(full, params, jnp.float32)
         plain = logits(t5, SOURCE, TARGET)
@@ -158,7 +158,7 @@ def test_loss_is_that_of_the_shifted_labels():
     labels = TARGET.at[0, 4:].set(-100)
     shifted = jnp.where(labels == -100, 0, jnp.pad(labels, ((0, 0), (1, 0)))[:, :-1])
 
-    @quick
+    @jax.jit
     def run(params: Any) -> Any:
         batch = {"input_ids": SOURCE, "labels": labels}
         packed = {name: x.reshape(1, -1) for name, x in batch.items()} | {

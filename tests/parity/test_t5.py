@@ -253,7 +253,8 @@ def test_ours_trained_loaded_by_peft_and_merged(variant, tmp_path):
     close(ours[real], peer_logits(load_peer(tmp_path / "merged"), inputs("left"))[real])
 
     qj.peft.save(tmp_path / "adapter", state.adapters, model, config)
-    loaded = peft.PeftModelForSeq2SeqLM.from_pretrained(peer, tmp_path / "adapter").eval()
+    loaded = peft.PeftModel.from_pretrained(peer, tmp_path / "adapter").eval()
+    assert isinstance(loaded, peft.PeftModelForSeq2SeqLM)
     close(ours[real], peer_logits(loaded, inputs("left"))[real])
 
 
