@@ -4,7 +4,7 @@ import dataclasses
 import functools
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import tyro
 
@@ -71,7 +71,8 @@ class Convert:
             return functools.partial(save_pretrained, dtype=self._dtype())
         if self.to == "bitsandbytes":
             return functools.partial(save_bitsandbytes, dtype=self._dtype())
-        return functools.partial(save_gguf, kind=self.to.removeprefix("gguf-"))
+        kind: Any = self.to.removeprefix("gguf-")
+        return functools.partial(save_gguf, kind=kind)
 
     def _read(self, begin: Callable[[str], OnTensor]) -> Model:
         """What is written in 4 bits is in memory as a whole, what is dense a tensor at a time."""
