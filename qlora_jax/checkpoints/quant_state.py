@@ -89,6 +89,8 @@ class QuantState:
         offset = None
         if nested:
             offset = needed(nested, "nested_offset", float)
+            if abs(offset) > float(np.finfo(np.float32).max):
+                raise QloraError(f"nested_offset is {offset}, expected a number of float32")
             if (nested.get("nested_blocksize"), nested.get("nested_dtype")) != (256, "float32"):
                 raise QloraError(f"{nested}: only blocks of 256 scales in float32 are supported")
         form = QuantConfig(codebook, needed(content, "blocksize", int), bool(nested))

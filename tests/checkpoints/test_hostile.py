@@ -12,11 +12,14 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from safetensors.numpy import load_file, save_file
 
 import qlora_jax as qj
+from qlora_jax.checkpoints.bitsandbytes_export import save_bitsandbytes
 from qlora_jax.checkpoints.load import load
 from qlora_jax.checkpoints.tensors import SafetensorsFolder
 from tests import tiny
@@ -27,7 +30,7 @@ SLACK = 4 * 2**20
 """Bytes that reading may take beyond a multiple of the file's size."""
 
 fuzzed = settings(
-    max_examples=150,
+    max_examples=60,
     deadline=None,
     suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
 )
@@ -181,6 +184,36 @@ def test_an_array_longer_than_the_file(gguf_file, tmp_path):
     (tmp_path / "m.gguf").write_bytes(whole)
     with pytest.raises(qj.QloraError, match=f"an array of {2**60} numbers"):
         qj.load(tmp_path / "m.gguf")
+
+
+@pytest.fixture(scope="module")
+def four_bits(folder: Path) -> Path:
+    path = folder.parent / "bitsandbytes"
+    save_bitsandbytes(path, load(folder, quantization=qj.NF4(block_size=32)))
+    return path
+
+
+@fuzzed
+@given(where=paths, value=strange)
+def test_quant_states(where, value, four_bits, tmp_path):
+    """The JSON that says of a packed weight what it was."""
+    tensors = load_file(four_bits / "model.safetensors")
+    key = next(name for name in tensors if ".quant_state." in name)
+    about = json.loads(tensors[key].tobytes())
+    text = json.dumps(change_at(about, where[:2], value)).encode()
+    save_file(tensors | {key: np.frombuffer(text, np.uint8)}, tmp_path / "model.safetensors")
+    shutil.copy(four_bits / "config.json", tmp_path)
+    harmless(lambda: load(tmp_path), (four_bits / "model.safetensors").stat().st_size)
+
+
+@fuzzed
+@given(where=paths, value=strange)
+def test_quantization_configs(where, value, four_bits, tmp_path):
+    config = json.loads((four_bits / "config.json").read_text())
+    config["quantization_config"] = change_at(config["quantization_config"], where[:2], value)
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    shutil.copy(four_bits / "model.safetensors", tmp_path)
+    harmless(lambda: load(tmp_path), (four_bits / "model.safetensors").stat().st_size)
 
 
 @pytest.fixture(scope="module")
