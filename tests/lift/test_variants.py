@@ -15,7 +15,7 @@ from qlora_jax.lora.dora import settle
 from qlora_jax.lora.vera import PROJECTIONS
 from qlora_jax.quant import NF4, QuantizedArray, quantize
 from qlora_jax.training.masks import combine, partition, trainable_mask
-from tests.lift.oracle import assert_close, kernel, normal, quick
+from tests.lift.oracle import assert_close, kernel, normal
 
 R, SCALING = 3, 1.5
 RTOL = 5e-5
@@ -153,7 +153,7 @@ def test_like_the_dense_weight(program, variant, base):
     def theirs(trained: Any, x: jax.Array) -> jax.Array:
         return weighed(fn(densify(frozen, combine(trained, fixed), axes), x))
 
-    got, want = (quick(jax.value_and_grad(f, (0, 1)))(trained, X) for f in (ours, theirs))
+    got, want = (jax.jit(jax.value_and_grad(f, (0, 1)))(trained, X) for f in (ours, theirs))
     assert_close(got, want, RTOL, f"{program} {variant} {base}")
     for leaf in jax.tree.leaves(want[1]):
         assert np.abs(leaf).max() > 0
@@ -169,10 +169,10 @@ def test_an_attached_tree_trained_by_a_mask(variant):
     trained, rest = partition(tree, trainable_mask(tree))
     assert len(jax.tree.leaves(trained)) == len(frozen) * (3 if variant == "dora" else 2)
     tree = combine(jax.tree.map(lambda x: 1.1 * x, trained), rest)
-    got = quick(lift(fn, strict=True))(tree, X)
+    got = jax.jit(lift(fn, strict=True))(tree, X)
     assert_close(got, fn(densify(frozen, moved, axes), X), RTOL, variant)
     # Norms taken beforehand are those that lift takes; and a weight returned is as it came.
-    assert_close(quick(lift(fn, strict=True))(settle(tree), X), got, 1e-6, "settled")
+    assert_close(jax.jit(lift(fn, strict=True))(settle(tree), X), got, 1e-6, "settled")
     assert lift(lambda p: p, strict=True)(tree)["up"] is tree["up"]
 
 
@@ -193,7 +193,7 @@ def test_cut_among_devices(variant, spec):
         specs = ({"w": PartitionSpec(*spec)}, inputs)
         return jax.shard_map(part, mesh=mesh, in_specs=specs, out_specs=outputs)(p, x)
 
-    got = quick(lift(whole, strict=True))(lora.attach(frozen, adapters), X)
+    got = jax.jit(lift(whole, strict=True))(lora.attach(frozen, adapters), X)
     assert_close(got, fn(densify(frozen, adapters, axes), X), RTOL, variant)
 
 

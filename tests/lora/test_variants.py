@@ -9,10 +9,11 @@ import optax
 import pytest
 
 import qlora_jax as qj
+from qlora_jax.data import batches
 from qlora_jax.lora import dora
 from qlora_jax.lora.vera import PROJECTIONS
 from tests.lora.test_adapters import KERNEL, TABLE, K, L, N, tree
-from tests.training import problem
+from tests.training import models
 
 DORA = qj.LoraConfig(rank=4, alpha=8, targets=("up",), dora=True)
 VERA = qj.VeraConfig(rank=4, targets=("up", "head"))
@@ -90,14 +91,17 @@ def test_abstract_parameters_are_enough_to_count():
 
 @pytest.mark.parametrize(
     "config",
-    [qj.LoraConfig(rank=4, alpha=8, dora=True), qj.VeraConfig(rank=4)],
+    [
+        qj.LoraConfig(rank=4, alpha=8, targets=("q_proj", "down_proj"), dora=True),
+        qj.VeraConfig(rank=4, targets=("q_proj", "down_proj")),
+    ],
     ids=["dora", "vera"],
 )
 def test_a_step_trains_what_is_trained_and_leaves_the_rest(config):
     """Micro-batches give the gradient of the whole batch, here too."""
-    model = problem.make_model()
+    model = models.model()
     adapters = moved(qj.lora.init(jax.random.key(0), model.params, config))
-    batch = problem.make_batch(4)
+    batch = next(batches(models.dataset(), 4, seed=0, sequence_length=32))
     after = []
     for parts in (1, 2):
         optimizer = optax.sgd(0.1)
