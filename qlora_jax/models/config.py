@@ -132,3 +132,19 @@ def special_tokens_to_hf(config: Any) -> dict[str, Any]:
         "eos_token_id": ends if len(ends) > 1 else next(iter(ends), None),
         "pad_token_id": config.pad_token_id,
     }
+
+
+def shared_to_hf(config: DecoderConfig) -> dict[str, Any]:
+    """The entries of config.json that are called the same in (nearly) every family."""
+    return {
+        "model_type": config.model_type,
+        "vocab_size": config.vocab_size,
+        "hidden_size": config.hidden_size,
+        "num_hidden_layers": config.num_hidden_layers,
+        "num_attention_heads": config.num_attention_heads,
+        "num_key_value_heads": config.num_key_value_heads,
+        "head_dim": config.head_dim,
+        "max_position_embeddings": config.max_position_embeddings,
+        "tie_word_embeddings": config.tie_word_embeddings,
+        **special_tokens_to_hf(config),
+    }

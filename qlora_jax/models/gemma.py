@@ -22,8 +22,8 @@ from qlora_jax.models.config import (
     layer_types,
     only,
     required,
+    shared_to_hf,
     special_tokens,
-    special_tokens_to_hf,
 )
 from qlora_jax.models.decoder import Decoder, Rotation, cheap
 from qlora_jax.models.norm import RMSNorm
@@ -146,33 +146,20 @@ class GemmaConfig(DecoderConfig):
         )
 
     def to_hf(self) -> dict[str, Any]:
-        rope = self.rope.to_hf()
         out: dict[str, Any] = {
+            **shared_to_hf(self),
             "architectures": [ARCHITECTURES[self.model_type]],
-            "model_type": self.model_type,
-            "vocab_size": self.vocab_size,
-            "hidden_size": self.hidden_size,
             "intermediate_size": self.intermediate_size,
-            "num_hidden_layers": self.num_hidden_layers,
-            "num_attention_heads": self.num_attention_heads,
-            "num_key_value_heads": self.num_key_value_heads,
-            "head_dim": self.head_dim,
             "hidden_activation": _GELU,
-            "max_position_embeddings": self.max_position_embeddings,
             "rms_norm_eps": self.rms_norm_eps,
-            "rope_theta": self.rope.theta,
-            "rope_parameters": rope,
+            **self.rope.entries_to_hf(),
             "attention_bias": self.attention_bias,
-            "tie_word_embeddings": self.tie_word_embeddings,
-            **special_tokens_to_hf(self),
         }
-        if self.rope.kind != "default":
-            out["rope_scaling"] = {k: v for k, v in rope.items() if k != "rope_theta"}
         if self.model_type == GEMMA1:
             return out | {"hidden_act": _GELU}
         if self.local_rope is not None:
             out["rope_local_base_freq"] = self.local_rope.theta
-            out["rope_parameters"] = {FULL: rope, SLIDING: self.local_rope.to_hf()}
+            out["rope_parameters"] = {FULL: self.rope.to_hf(), SLIDING: self.local_rope.to_hf()}
         return out | {
             "query_pre_attn_scalar": self.query_pre_attn_scalar,
             "attn_logit_softcapping": self.attn_logit_softcapping,

@@ -19,8 +19,8 @@ from qlora_jax.models.config import (
     layer_types,
     only,
     required,
+    shared_to_hf,
     special_tokens,
-    special_tokens_to_hf,
 )
 from qlora_jax.models.decoder import Decoder, Rotation, cheap
 from qlora_jax.models.norm import RMSNorm
@@ -108,27 +108,14 @@ class LlamaConfig(DecoderConfig):
         )
 
     def to_hf(self) -> dict[str, Any]:
-        rope = self.rope.to_hf()
         out: dict[str, Any] = {
+            **shared_to_hf(self),
             "architectures": [ARCHITECTURES[self.model_type]],
-            "model_type": self.model_type,
-            "vocab_size": self.vocab_size,
-            "hidden_size": self.hidden_size,
             "intermediate_size": self.intermediate_size,
-            "num_hidden_layers": self.num_hidden_layers,
-            "num_attention_heads": self.num_attention_heads,
-            "num_key_value_heads": self.num_key_value_heads,
-            "head_dim": self.head_dim,
             "hidden_act": "silu",
-            "max_position_embeddings": self.max_position_embeddings,
             "rms_norm_eps": self.rms_norm_eps,
-            "rope_theta": self.rope.theta,
-            "rope_parameters": rope,
-            "tie_word_embeddings": self.tie_word_embeddings,
-            **special_tokens_to_hf(self),
+            **self.rope.entries_to_hf(),
         }
-        if self.rope.kind != "default":
-            out["rope_scaling"] = {k: v for k, v in rope.items() if k != "rope_theta"}
         if self.model_type in _QKVO_BIAS:
             out["attention_bias"] = self.qkv_bias
         if self.model_type in _MLP_BIAS:

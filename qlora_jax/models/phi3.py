@@ -19,8 +19,8 @@ from qlora_jax.models.config import (
     check_positive,
     only,
     required,
+    shared_to_hf,
     special_tokens,
-    special_tokens_to_hf,
 )
 from qlora_jax.models.decoder import Decoder, Rotation, cheap
 from qlora_jax.models.norm import RMSNorm
@@ -77,25 +77,16 @@ class Phi3Config(DecoderConfig):
     def to_hf(self) -> dict[str, Any]:
         rope = self.rope
         out: dict[str, Any] = {
+            **shared_to_hf(self),
             "architectures": ["Phi3ForCausalLM"],
-            "model_type": self.model_type,
-            "vocab_size": self.vocab_size,
-            "hidden_size": self.hidden_size,
             "intermediate_size": self.intermediate_size,
-            "num_hidden_layers": self.num_hidden_layers,
-            "num_attention_heads": self.num_attention_heads,
-            "num_key_value_heads": self.num_key_value_heads,
-            "head_dim": self.head_dim,
             "hidden_act": "silu",
-            "max_position_embeddings": self.max_position_embeddings,
             "original_max_position_embeddings": rope.original_max_position_embeddings or 4096,
             "rms_norm_eps": self.rms_norm_eps,
             "rope_theta": rope.theta,
             "partial_rotary_factor": rope.partial_rotary_factor,
             "rope_scaling": None,
             "sliding_window": self.sliding_window,
-            "tie_word_embeddings": self.tie_word_embeddings,
-            **special_tokens_to_hf(self),
         }
         if rope.kind == "longrope":
             assert rope.short_factor and rope.long_factor and rope.original_max_position_embeddings

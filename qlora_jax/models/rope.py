@@ -139,6 +139,14 @@ class RopeConfig:
                 )
         return size
 
+    def entries_to_hf(self) -> dict[str, Any]:
+        """What config.json says of it, to transformers 4 and to 5."""
+        parameters = self.to_hf()
+        out: dict[str, Any] = {"rope_theta": self.theta, "rope_parameters": parameters}
+        if self.kind != "default":
+            out["rope_scaling"] = {k: v for k, v in parameters.items() if k != "rope_theta"}
+        return out
+
 
 def _setting(name: str, value: Any, kind: type) -> Any:
     """`value` if it is a `kind`; a list becomes a tuple, and must be of numbers."""
