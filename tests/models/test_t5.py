@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from qlora_jax import NF4, QloraError, quantize_tree
+from qlora_jax import NF4, LoraConfig, QloraError, lora, peft, quantize_tree
 from qlora_jax.checkpoints.seq2seq import Seq2SeqModel
 from qlora_jax.models import abstract_params, bind, init_params, read_config
 from qlora_jax.models.t5 import relative_buckets
@@ -150,6 +150,15 @@ def test_what_is_refused():
     cache = jax.eval_shape(lambda: t5.new_cache(encoded, 6))
     with pytest.raises(ValueError, match="6 slots, 0 in use: no room for 7 tokens more"):
         t5.extend(TARGET, dataclasses.replace(cache, index=0))
+
+
+def test_an_adapter_of_the_shared_table_is_not_for_peft(tmp_path):
+    full, params = problem("v1.0")
+    model = Seq2SeqModel(full, params, None, "here", jnp.float32)
+    adapters = lora.init(jax.random.key(0), params, LoraConfig(rank=2, targets=("shared",)))
+    with pytest.raises(QloraError, match="shared/embedding: .* would do nothing"):
+        peft.save(tmp_path / "out", adapters, model)
+    assert not (tmp_path / "out").exists()
 
 
 def test_loss_is_that_of_the_shifted_labels():

@@ -13,7 +13,7 @@ from qlora_jax.models.encoder_config import MASKED_LM
 
 EMBEDDING = "embed_tokens/embedding"
 """The path of every decoder's table."""
-_WORDS = "embeddings/word_embeddings/embedding"
+_WORDS, _SHARED = "embeddings/word_embeddings/embedding", "shared/embedding"
 # What PEFT stores of a tied head, and of which tensor of the embedding it is the transpose.
 _TIED = {"lora_A.weight": "lora_embedding_B", "lora_B.weight": "lora_embedding_A"}
 
@@ -50,6 +50,11 @@ def check_tied(adapters: Adapters, model: Any) -> None:
         raise QloraError(
             f"{_WORDS}: the masked-lm head is tied to it, and PEFT keeps an adapter of the one "
             "apart from the other; leave it out of the targets"
+        )
+    if _SHARED in adapters:
+        raise QloraError(
+            f"{_SHARED}: encoder and decoder of transformers' T5 have it under names of their own, "
+            "so that PEFT's adapter of it would do nothing; leave it out of the targets"
         )
     adapter = adapters.get(EMBEDDING)
     if adapter is None or not is_tied(model):
