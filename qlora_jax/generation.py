@@ -288,6 +288,12 @@ def _pieces(
         left, done, made = left - count, np.asarray(state.done), made + np.int32(count)
 
 
+def need_text_model(model: Any) -> None:
+    """Raises QloraError for a model that cannot generate."""
+    if not isinstance(model, TextModel):
+        raise QloraError(f"{model!r}: only decoders and encoder-decoders generate text")
+
+
 def _check(model: TextModel, prompts: Sequence[Sequence[int]], sampling: Sampling) -> None:
     context, new = model.context, sampling.max_new_tokens
     vocabulary = model.config.vocab_size
@@ -323,6 +329,7 @@ def _bucket(n: int) -> int:
 
 
 def _end_tokens(model: TextModel, stop: Collection[int] | None = None) -> tuple[int, ...]:
+    need_text_model(model)
     ends = set(model.config.eos_token_id if stop is None else stop)
     if stop is None and model.tokenizer is not None and model.tokenizer.eos_token_id is not None:
         ends.add(model.tokenizer.eos_token_id)
@@ -335,6 +342,7 @@ def _until_end(row: np.ndarray, ends: tuple[int, ...]) -> list[int]:
 
 
 def _tokenizer_of(model: TextModel) -> Any:
+    need_text_model(model)
     if model.tokenizer is None:
         raise QloraError(f"{model.source} has no tokenizer; generate from token ids instead")
     return model.tokenizer

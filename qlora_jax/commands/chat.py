@@ -6,7 +6,7 @@ from pathlib import Path
 from qlora_jax.commands.options import ModelOptions, need_tokenizer, with_adapter
 from qlora_jax.data import Message
 from qlora_jax.errors import QloraError
-from qlora_jax.generation import Sampling, prompt_ids, stream
+from qlora_jax.generation import Sampling, need_text_model, prompt_ids, stream
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -27,6 +27,7 @@ class Chat(ModelOptions):
         """Reads lines and prints answers until the end. What goes wrong with one turn, such as a
         conversation beyond the model's context, is said, and the turn taken back."""
         model = self.load()
+        need_text_model(model)
         need_tokenizer(model)
         params = with_adapter(model, self.adapter)
         opening = [] if self.system is None else [Message("system", self.system)]

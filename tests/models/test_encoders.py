@@ -12,6 +12,7 @@ import pytest
 import qlora_jax as qj
 from qlora_jax.checkpoints.encoder import EncoderModel
 from qlora_jax.errors import QloraError
+from qlora_jax.generation import generate
 from qlora_jax.models import abstract_params, read_config
 from qlora_jax.models.classification import classification_loss
 from qlora_jax.quant import NF4, dequantize_tree, path_str, quantize_tree
@@ -261,3 +262,9 @@ def test_what_a_model_cannot_do():
     classifier = dataclasses.replace(bare, config=config)
     with pytest.raises(QloraError, match="give every document its own row"):
         classifier.apply(bare.params, ids, segment_ids=ids)
+
+
+def test_an_encoder_does_not_generate():
+    model = make_model(BERT, "BertForMaskedLM")
+    with pytest.raises(QloraError, match="EncoderModel.*: only decoders and encoder-decoders gen"):
+        generate(model, [[1, 2]])
