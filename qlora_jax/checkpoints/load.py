@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import logging
 import re
 from collections.abc import Callable, Container, Mapping
 from pathlib import Path
@@ -29,6 +30,8 @@ from qlora_jax.models import T5Config, family_of, read_config
 from qlora_jax.models.encoder_config import EncoderConfig
 from qlora_jax.models.typed import entry
 from qlora_jax.quant import Policy, QuantConfig, QuantizedArray, quantize
+
+logger = logging.getLogger("qlora_jax.load")
 
 
 def load(
@@ -224,7 +227,12 @@ def _read_config(folder: Path) -> tuple[Any, Mapping[str, Any] | None]:
                 f"the checkpoint is already quantized ({method}); give a dense one, or one of "
                 "bitsandbytes in 4 bits"
             )
-        return read_config(about), already
+        config = read_config(about)
+        if (kind := about["model_type"]) != config.model_type:
+            logger.warning(
+                "%s: a %s, of which the text model is read, a %s", folder, kind, config.model_type
+            )
+        return config, already
     except QloraError as error:
         raise QloraError(f"{folder}: {error}") from error
 

@@ -46,6 +46,7 @@ class Family:
 
 _LLAMA = Family(llama.LlamaConfig, llama.Llama, llama.NAMES)
 _GEMMA = Family(gemma.GemmaConfig, gemma.Gemma, gemma.NAMES)
+_GEMMA3 = dataclasses.replace(_GEMMA, prefixes=gemma.PREFIXES, unused=gemma.UNUSED)
 _GPT2 = Family(gpt2.GPT2Config, gpt2.GPT2, gpt2.NAMES, gpt2.AS_STORED, gpt2.PREFIXES, gpt2.UNUSED)
 FAMILIES: dict[str, Family] = {
     "llama": _LLAMA,
@@ -56,7 +57,10 @@ FAMILIES: dict[str, Family] = {
     "qwen3_moe": Family(moe.MoeConfig, moe.Moe, moe.QWEN3_MOE_NAMES),
     "phi3": Family(phi3.Phi3Config, phi3.Phi3, llama.NAMES),
     "smollm3": Family(smollm3.SmolLM3Config, smollm3.SmolLM3, llama.NAMES),
-    **dict.fromkeys(gemma.ARCHITECTURES, _GEMMA),
+    gemma.GEMMA1: _GEMMA,
+    gemma.GEMMA2: _GEMMA,
+    gemma.GEMMA3: _GEMMA3,
+    gemma.WITH_VISION: _GEMMA3,
     "gpt2": _GPT2,
     "bert": Family(bert.BertConfig, bert.Bert, bert.NAMES),
     "roberta": Family(bert.BertConfig, bert.Bert, bert.ROBERTA_NAMES),

@@ -1,4 +1,4 @@
-"""The Gemma family: Gemma 1, 2 and 3 (text)."""
+"""The Gemma family: Gemma 1, 2 and 3, of those that see the part that reads and writes text."""
 
 import dataclasses
 import functools
@@ -38,8 +38,20 @@ ARCHITECTURES = {
 }
 """What transformers calls the families, by their model_type."""
 
+WITH_VISION = "gemma3"
+"""The model_type of Gemma 3 with a vision tower, as its larger models are published."""
+
 NAMES = llama.NAMES
 """Our module -> Hugging Face's."""
+
+PREFIXES = {
+    "model.": ("model.language_model.", "language_model.model."),
+    "lm_head": ("language_model.lm_head",),
+}
+"""How names begin in files with a vision tower, of transformers 5 and before."""
+
+UNUSED = r"(model\.)?(vision_tower|multi_modal_projector)\..*|language_model\.lm_head\.weight"
+"""What else is in these; a head that is tied may be stored all the same."""
 
 _GELU = "gelu_pytorch_tanh"
 # What transformers takes where config.json has no entry: the files of Gemma 3 leave most of it out.
@@ -105,6 +117,8 @@ class GemmaConfig(DecoderConfig):
 
     @classmethod
     def from_hf(cls, hf: Mapping[str, Any]) -> "GemmaConfig":
+        if hf["model_type"] == WITH_VISION:
+            hf = _text_part(hf)
         family = hf["model_type"]
         hf = _DEFAULTS | _DEFAULTS_OF[family] | dict(hf)
         _check_supported(hf)
@@ -167,6 +181,12 @@ class GemmaConfig(DecoderConfig):
             "sliding_window": self.sliding_window,
             "layer_types": list(self.layer_types),
         }
+
+
+def _text_part(hf: Mapping[str, Any]) -> dict[str, Any]:
+    """The configuration of the text model alone, and what is said beside it of the whole."""
+    whole = {key: hf[key] for key in ("eos_token_id", "tie_word_embeddings") if key in hf}
+    return {**needed(hf, "text_config", Mapping), **whole, "model_type": GEMMA3}
 
 
 def _check_supported(hf: Mapping[str, Any]) -> None:

@@ -1,8 +1,16 @@
 """Gemma by itself."""
 
-import pytest
+import dataclasses
+import json
 
+import jax
+import numpy as np
+import pytest
+from safetensors.numpy import save_file
+
+import qlora_jax as qj
 from qlora_jax import QloraError
+from qlora_jax.checkpoints.names import parameters
 from qlora_jax.models import read_config
 from qlora_jax.models.config import FULL, SLIDING
 from tests.models import decoders
@@ -38,6 +46,31 @@ def test_cache_and_packing(family):
 
 def test_lora_step():
     decoders.check_lora_step(read_config(CONFIGS["gemma2"]))
+
+
+@pytest.mark.parametrize("begin", ["model.language_model.", "language_model.model."])
+def test_the_text_model_of_a_gemma_that_sees(begin, tmp_path, caplog):
+    """Its names begin otherwise in files, and the vision tower beside it is left out."""
+    text = CONFIGS["gemma3_text"]
+    config = read_config(text)
+    rng = np.random.default_rng(0)
+    tensors = {"model.vision_tower.patch.weight": np.ones((2, 2), np.float32)}
+    alone = {}
+    for parameter in parameters(config):
+        for layer in range(parameter.layers):
+            name = parameter.hf_name(layer)
+            alone[name] = rng.normal(size=parameter.file_shape).astype(np.float32)
+            tensors[begin + name.removeprefix("model.")] = alone[name]
+    whole = {"model_type": "gemma3", "text_config": text, "eos_token_id": [1, 6]}
+    for folder, about, content in (("seeing", whole, tensors), ("text", text, alone)):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "config.json").write_text(json.dumps(about))
+        save_file(content, tmp_path / folder / "model.safetensors")
+    model = qj.load(tmp_path / "seeing")
+    assert "a gemma3, of which the text model is read, a gemma3_text" in caplog.text
+    assert model.config == dataclasses.replace(config, eos_token_id=(1, 6))
+    same = jax.tree.map(np.array_equal, model.params, qj.load(tmp_path / "text").params)
+    assert jax.tree.all(same)
 
 
 def test_what_the_files_of_gemma_3_leave_out():

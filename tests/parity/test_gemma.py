@@ -2,9 +2,13 @@
 
 from typing import Any
 
+import jax
+import numpy as np
 import pytest
+import torch
 import transformers
 
+import qlora_jax as qj
 from tests.parity.decoders import (
     SMALL,
     check_adapters,
@@ -68,6 +72,23 @@ def peer_config(variant: str) -> Any:
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_logits_and_gradients(variant, tmp_path):
     check_logits_and_gradients(pair(peer_config(variant), tmp_path / "base"), tmp_path)
+
+
+def test_gemma_3_with_a_vision_tower(tmp_path):
+    """Saved by transformers as a whole, its text model is read here."""
+    vision = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1,
+              "num_attention_heads": 2, "image_size": 28, "patch_size": 14}  # fmt: skip
+    config = transformers.Gemma3Config(
+        text_config=peer_config("gemma3").to_dict(), vision_config=vision, mm_tokens_per_image=1
+    )
+    peer = transformers.Gemma3ForConditionalGeneration(config).eval()
+    peer.save_pretrained(tmp_path)
+    model = qj.load(tmp_path)
+    ids = np.random.default_rng(0).integers(3, 90, (2, 20))
+    with torch.no_grad():
+        expected = peer(input_ids=torch.from_numpy(ids)).logits.numpy()
+    found = jax.jit(model.apply)(model.params, ids.astype(np.int32))[0]
+    np.testing.assert_allclose(found, expected, rtol=0, atol=1e-4)
 
 
 @pytest.mark.parametrize("variant", ["gemma2", "gemma3"])
