@@ -47,9 +47,14 @@ def write(folder: Any, wrappers: dict[str, str], **changes: Any) -> dict[str, np
         "lora_alpha": 8,
         "target_modules": [],
         "target_parameters": list(wrappers),
-        # The other two were those of modules, before PEFT fused them.
-        "rank_pattern": {r".*\.gate_up_proj": 2 * R, "gate_proj": 1, "w1": 1},
-        "alpha_pattern": {r".*\.gate_up_proj": 12},
+        # The first is what is written here; the second PEFT adds; the others were of modules.
+        "rank_pattern": {
+            "(gate_up_proj)": 2 * R,
+            r".*\.gate_up_proj": 3,
+            "gate_proj": 1,
+            "w1": 1,
+        },
+        "alpha_pattern": {"(gate_up_proj)": 12, r".*\.gate_up_proj": 3},
     } | changes
     for name, wrapper in wrappers.items():
         rank = 2 * R if name == "gate_up_proj" else R
@@ -123,8 +128,8 @@ def test_gate_and_up_share_a_scaling_with_peft(tmp_path):
     qj.peft.save(tmp_path / "same", adapters, model, config)
     about = json.loads((tmp_path / "same" / "adapter_config.json").read_text())
     assert about["target_modules"] == ["w1", "w3"]
-    assert about["rank_pattern"] == {"gate_up_proj": 2 * R}
-    assert about["alpha_pattern"] == {"gate_up_proj": 16}
+    assert about["rank_pattern"] == {"(gate_up_proj)": 2 * R}
+    assert about["alpha_pattern"] == {"(gate_up_proj)": 16}
     path = "layers/mlp/experts/up_proj/kernel"
     adapters[path] = dataclasses.replace(adapters[path], scaling=3.0)
     with pytest.raises(QloraError, match="gate_proj and up_proj of experts have the scalings"):

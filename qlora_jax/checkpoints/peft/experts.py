@@ -26,7 +26,7 @@ _KEY = re.compile(
 
 
 def fused_settings(adapters: Adapters, *, rslora: bool) -> dict[str, tuple[int, float]]:
-    """Rank and alpha of what PEFT fuses the adapters of experts into, by its name for that.
+    """Rank and alpha of what PEFT fuses the adapters of experts into, by a pattern of its name.
 
     Left alone PEFT doubles the usual rank and alpha for gate and up, which is another scaling where
     experts have a rank of their own, and with rsLoRA. Raises QloraError if gate and up differ in
@@ -46,7 +46,8 @@ def fused_settings(adapters: Adapters, *, rslora: bool) -> dict[str, tuple[int, 
             )
         (scaling,), rank = scalings, sum(w.rank for w in factors)
         if isinstance(scaling, float | int):
-            found[name] = rank, scaling * (math.sqrt(rank) if rslora else rank)
+            # Before PEFT's own pattern ".*\.gate_up_proj", also where it has sorted them.
+            found[f"({name})"] = rank, scaling * (math.sqrt(rank) if rslora else rank)
     return found
 
 
