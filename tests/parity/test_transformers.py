@@ -93,10 +93,11 @@ def test_smollm2(tmp_path):
     found, expected = logits(model, model.params, given)[0], peer_logits(peer, given)[0]
     difference = np.abs(found - expected).max(axis=-1)
     print(f"largest difference: {difference[0]:.2e} at the first token, {difference[1:].max():.2e}")
-    # The tolerance of transformers' own tests. At the first token, whose hidden state has a few
-    # huge entries (an attention sink), it needs the relative part: docs/numbers.md says why.
-    np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-4)
     assert difference[1:].max() <= 1e-4
+    # Its hidden state has a few huge entries (an attention sink), in whose products fp32 rounding
+    # shows: against float64 the difference is 1.4e-4 here and 0.6e-4 in torch (docs/numbers.md).
+    assert difference[0] <= 2e-4
+    np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-4)
     # transformers' own conversion leaves out the cutting of digits; elsewhere it must agree.
     theirs = transformers.AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
     for plain in ("Hello world, naïve café ...", "def f(x):\n\treturn x", "  spaces   and 中文 😀"):
