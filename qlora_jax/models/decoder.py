@@ -47,6 +47,21 @@ class DecoderLayer(Protocol):
         ...
 
 
+class PreNormLayer(nnx.Module):
+    """The half of a layer that is normalized before attention, as most families have it."""
+
+    input_layernorm: Any
+    self_attn: Any
+
+    def project(self, x: jax.Array, rotation: Rotation | None) -> tuple[jax.Array, ...]:
+        return self.self_attn.project(self.input_layernorm(x), rotation)
+
+    def attend(
+        self, x: jax.Array, q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array | None
+    ) -> jax.Array:
+        return x + self.self_attn.attend(q, k, v, mask)
+
+
 class Decoder(nnx.Module):
     """The whole decoder. `nnx.state` of it is the parameter tree, layers stacked as [L, ...].
 

@@ -22,7 +22,7 @@ from qlora_jax.models.config import (
     shared_to_hf,
     special_tokens,
 )
-from qlora_jax.models.decoder import Decoder, Rotation, cheap
+from qlora_jax.models.decoder import Decoder, PreNormLayer, Rotation, cheap
 from qlora_jax.models.norm import RMSNorm
 from qlora_jax.models.rope import RopeConfig, rotation
 from qlora_jax.models.typed import entry
@@ -179,7 +179,7 @@ class MLP(nnx.Module):
         return self.down_proj(self.activation(gate) * up)
 
 
-class Layer(nnx.Module):
+class Layer(PreNormLayer):
     """One decoder layer, normalized before attention and before the MLP."""
 
     def __init__(
@@ -199,14 +199,6 @@ class Layer(nnx.Module):
         self.mlp = MLP(
             config.hidden_size, config.intermediate_size, use_bias=config.mlp_bias, **options
         )
-
-    def project(self, x: jax.Array, rotation: Rotation | None) -> tuple[jax.Array, ...]:
-        return self.self_attn.project(self.input_layernorm(x), rotation)
-
-    def attend(
-        self, x: jax.Array, q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array | None
-    ) -> jax.Array:
-        return x + self.self_attn.attend(q, k, v, mask)
 
     def feed_forward(self, x: jax.Array) -> jax.Array:
         gate, up = cheap(lambda x: self.mlp.widen(self.post_attention_layernorm(x)))(x)

@@ -22,7 +22,7 @@ from qlora_jax.models.config import (
     shared_to_hf,
     special_tokens,
 )
-from qlora_jax.models.decoder import Decoder, Rotation, cheap
+from qlora_jax.models.decoder import Decoder, PreNormLayer, Rotation, cheap
 from qlora_jax.models.experts import SparseMLP
 from qlora_jax.models.norm import RMSNorm
 from qlora_jax.models.rope import RopeConfig, rotation
@@ -165,7 +165,7 @@ def _check_sparse(hf: Mapping[str, Any]) -> None:
         )
 
 
-class MoeLayer(nnx.Module):
+class MoeLayer(PreNormLayer):
     """One decoder layer, normalized before attention and before the experts."""
 
     def __init__(
@@ -190,14 +190,6 @@ class MoeLayer(nnx.Module):
             renormalize=config.norm_topk_prob,
             **options,
         )
-
-    def project(self, x: jax.Array, rotation: Rotation | None) -> tuple[jax.Array, ...]:
-        return self.self_attn.project(self.input_layernorm(x), rotation)
-
-    def attend(
-        self, x: jax.Array, q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array | None
-    ) -> jax.Array:
-        return x + self.self_attn.attend(q, k, v, mask)
 
     def feed_forward(self, x: jax.Array) -> jax.Array:
         norm = self.post_attention_layernorm

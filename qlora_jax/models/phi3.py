@@ -22,7 +22,7 @@ from qlora_jax.models.config import (
     shared_to_hf,
     special_tokens,
 )
-from qlora_jax.models.decoder import Decoder, Rotation, cheap
+from qlora_jax.models.decoder import Decoder, PreNormLayer, Rotation, cheap
 from qlora_jax.models.norm import RMSNorm
 from qlora_jax.models.rope import RopeConfig, rotate, rotation
 from qlora_jax.models.typed import entry
@@ -175,7 +175,7 @@ def _linear(
     )
 
 
-class Layer(nnx.Module):
+class Layer(PreNormLayer):
     """One decoder layer, normalized before attention and before the MLP."""
 
     def __init__(self, config: Phi3Config, **options: Any) -> None:
@@ -184,14 +184,6 @@ class Layer(nnx.Module):
         self.self_attn = Attention(config, **options)
         self.post_attention_layernorm = norm()
         self.mlp = MLP(config, **options)
-
-    def project(self, x: jax.Array, rotation: Rotation) -> tuple[jax.Array, ...]:
-        return self.self_attn.project(self.input_layernorm(x), rotation)
-
-    def attend(
-        self, x: jax.Array, q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array | None
-    ) -> jax.Array:
-        return x + self.self_attn.attend(q, k, v, mask)
 
     def feed_forward(self, x: jax.Array) -> jax.Array:
         wide = cheap(lambda x: self.mlp.gate_up_proj(self.post_attention_layernorm(x)))(x)
