@@ -105,3 +105,11 @@ def test_what_is_refused(folder, tmp_path, capsys):
             convert(*words)
         assert stop.value.code == 2
         assert message in capsys.readouterr().err
+
+
+def test_bitsandbytes_needs_a_weight_that_fits(folder, tmp_path, capsys):
+    with pytest.raises(SystemExit) as stop:
+        convert(folder, tmp_path / "q", "bitsandbytes", "--block-size", 256)
+    assert stop.value.code == 2
+    assert "quantize in smaller blocks" in capsys.readouterr().err
+    assert not (tmp_path / "q").exists()

@@ -66,6 +66,11 @@ def save_bitsandbytes(
     if len(dtypes) != 1:
         raise QloraError(f"{folder}: 4-bit weights of {dtypes}; say which dtype the dense ones get")
     (kept,), (form,) = dtypes, formats
+    if not any(_fits(p, leaves[p.path]) for p in parameters(model.config)):
+        raise QloraError(
+            f"{folder}: no weight has a 4-bit form in bitsandbytes: inputs must be a multiple of "
+            "the block, and the weight a linear layer's; quantize in smaller blocks"
+        )
     with new_folder(Path(folder)) as part:
         write_shards(part, _tensors(model, params, kept, storage, on_tensor))
         about = _quantization_config(form, kept, storage, _skipped(model, leaves))
