@@ -7,7 +7,7 @@ import math
 import signal
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,19 +19,13 @@ import optax
 from qlora_jax import lora
 from qlora_jax.checkpoints import peft
 from qlora_jax.checkpoints.model import Model
-from qlora_jax.data import (
-    IGNORE,
-    Batch,
-    TokenizedDataset,
-    TokenizedExample,
-    batches,
-    evaluation_batches,
-)
+from qlora_jax.data import IGNORE, TokenizedDataset, TokenizedExample, evaluation_batches
 from qlora_jax.errors import QloraError, missing
 from qlora_jax.training.plot import plot_losses
 from qlora_jax.training.report import MetricsFile, Progress, Silence, peak_memory
 from qlora_jax.training.settings import TrainSettings
 from qlora_jax.training.step import Metrics, TrainState, make_eval_step, make_train_step
+from qlora_jax.training.stream import StepBatches, sequence_length
 
 _NEEDED_AT_THE_END = (
     ("safetensors", "saving an adapter", "hf"),
@@ -99,8 +93,8 @@ def fit(
             raise missing(package, purpose, extra)
     for examples in (train, evaluation or ()):
         _check(model, examples)
-    length = sequence_length(train, settings.sequence_length)
-    steps = settings.steps_for(len(train))
+    stream = StepBatches(train, settings)
+    steps = stream.steps
     rates = None if optimizer else _table(settings.learning_rates(steps), steps)
     optimizer = optimizer or settings.optimizer(steps)
     init_key, run_key = jax.random.split(jax.random.key(settings.seed))
@@ -126,7 +120,7 @@ def fit(
         Progress(steps) if display else Silence() as progress,
     ):
         log = _Log(metrics, progress, settings.log_every, steps, rates)
-        for number, batch in enumerate(_step_batches(train, settings, steps, length), start=1):
+        for number, batch in enumerate(stream.start(), start=1):
             state, measured = step(state, model.params, batch)
             log.dispatched(number, measured, int(batch["attention_mask"].sum()))
             last = number == steps
@@ -151,26 +145,6 @@ def fit(
         plot_losses(output / "loss.png", metrics.history)
     seconds = time.perf_counter() - began
     return FitResult(state.adapters, metrics.history, number, seconds, interrupted)
-
-
-def sequence_length(dataset: TokenizedDataset, wanted: int | None = None) -> int:
-    """T of every batch: `wanted`, or the longest example's length rounded up to whole lanes.
-
-    It is not rounded beyond the dataset's max_length. Raises QloraError for an empty dataset, and
-    if an example is longer than `wanted`.
-    """
-    if not len(dataset):
-        raise QloraError("the dataset has no examples")
-    longest = max(map(len, dataset))
-    if wanted is None:
-        rounded = -(-longest // 32) * 32
-        return rounded if dataset.max_length is None else min(rounded, dataset.max_length)
-    if longest > wanted:
-        raise QloraError(
-            f"sequence_length is {wanted}, but there is an example of {longest} tokens; "
-            f"tokenize with max_length={wanted}"
-        )
-    return wanted
 
 
 def _check(model: Model, examples: Sequence[TokenizedExample]) -> None:
@@ -299,20 +273,6 @@ class _Interrupts:
         if self.caught:
             raise KeyboardInterrupt
         self.caught = True
-
-
-def _step_batches(
-    train: TokenizedDataset, settings: TrainSettings, steps: int, length: int
-) -> Iterator[Batch]:
-    """The run's batches, leaves [B, T] or, accumulating, [accumulate, B, T]."""
-    size = settings.batch_size * settings.accumulate
-    stream = batches(train, size, seed=settings.seed, sequence_length=length)
-    for _, batch in zip(range(steps), stream, strict=False):
-        if settings.accumulate == 1:
-            yield batch
-        else:
-            shape = (settings.accumulate, settings.batch_size, -1)
-            yield jax.tree.map(lambda x, shape=shape: x.reshape(shape), batch)
 
 
 def _table(rates: optax.Schedule, steps: int) -> np.ndarray:

@@ -14,6 +14,7 @@ import qlora_jax as qj
 from qlora_jax.data import TokenizedExample
 from qlora_jax.training import trainer
 from qlora_jax.training.settings import TrainSettings
+from qlora_jax.training.stream import StepBatches
 from tests.training import models
 
 # Two of seven modules: most of a test's time goes into compiling, which adapters add to.
@@ -58,15 +59,15 @@ def test_the_same_seed_is_the_same_run(tmp_path):
 
 
 def test_an_interrupted_run_is_saved(tmp_path, monkeypatch, capsys):
-    real = trainer.batches
+    real = StepBatches.start
 
-    def interrupted(*args, **kwargs):
-        for number, batch in enumerate(real(*args, **kwargs)):
+    def interrupted(self, step=0):
+        for number, batch in enumerate(real(self, step)):
             if number == 3:
                 signal.raise_signal(signal.SIGINT)
             yield batch
 
-    monkeypatch.setattr(trainer, "batches", interrupted)
+    monkeypatch.setattr(StepBatches, "start", interrupted)
     result = fit(tmp_path / "out", display=True)
     assert result.interrupted and result.steps == len(result.history) == 4
     assert "interrupted after step 4" in capsys.readouterr().out
