@@ -14,6 +14,7 @@ from qlora_jax.checkpoints.export import dense, layers_of, save_config, save_tok
 from qlora_jax.checkpoints.folder import new_folder
 from qlora_jax.checkpoints.model import Model
 from qlora_jax.checkpoints.names import OnTensor, Parameter, parameters
+from qlora_jax.checkpoints.on_disk import OnDisk
 from qlora_jax.checkpoints.quant_state import QuantState
 from qlora_jax.checkpoints.shards import write_shards
 from qlora_jax.errors import QloraError
@@ -36,7 +37,8 @@ def save_bitsandbytes(
 ) -> None:
     """config.json, safetensors and tokenizer of `model`, its 4-bit weights as they are.
 
-    params: the tree to write, `model.params` by default. dtype: of the weights that are dense, by
+    params: the tree to write, `model.params` by default; what is on disk (`load_lazily`) is read
+    tensor by tensor, and needs `dtype`. dtype: of the weights that are dense, by
     default what the 4-bit ones were made from. storage: the type that the packed bytes are viewed
     as (bnb_4bit_quant_storage). Weights that bitsandbytes has no 4-bit form for (K no multiple of
     the block, embeddings) are written dense, their modules listed as skipped, and a warning is
@@ -47,6 +49,7 @@ def save_bitsandbytes(
     if storage not in get_args(Storage):
         raise QloraError(f"storage is {storage!r}; expected one of {', '.join(get_args(Storage))}")
     leaves = named_leaves(model.params if params is None else params)
+    leaves = {path: x.abstract() if isinstance(x, OnDisk) else x for path, x in leaves.items()}
     if lora := [path for path, x in leaves.items() if isinstance(x, AdaptedArray)]:
         raise QloraError(
             f"{folder}: {lora[0]} has an adapter, which merging into 4 bits would round away; save "
@@ -81,22 +84,28 @@ def save_bitsandbytes(
 def _tensors(
     model: Model, params: Any, dtype: DTypeLike, storage: Storage, on_tensor: OnTensor | None
 ) -> Iterator[tuple[str, np.ndarray]]:
-    for parameter, layer, x in layers_of(model, params, on_tensor):
+    def stored(tensor: tuple[Parameter, int, Any]) -> list[tuple[str, np.ndarray]]:
+        parameter, layer, x = tensor
         name = parameter.hf_name(layer)
         if not _fits(parameter, x):
-            yield name, dense(parameter, layer, x, dtype)
-            continue
-        stored = bnb.to_bitsandbytes(x)
-        offset = stored.pop("nested_offset", None)
+            return [(name, dense(parameter, layer, x, dtype))]
+        parts = bnb.to_bitsandbytes(x)
+        offset = parts.pop("nested_offset", None)
         state = QuantState(
             format=QuantConfig(x.codebook, x.block_size, x.double_quant),
             shape=(x.shape[1], x.shape[0]),
             dtype=jnp.dtype(x.dtype).name,
             offset=None if offset is None else float(offset),
         )
-        yield name, stored.pop("packed").reshape(-1).view(jnp.dtype(storage))[:, None]
-        for suffix, part in {**stored, **state.tables(), state.key: state.to_bytes()}.items():
-            yield f"{name}.{suffix}", np.ascontiguousarray(part)
+        packed = parts.pop("packed").reshape(-1).view(jnp.dtype(storage))[:, None]
+        beside = {**parts, **state.tables(), state.key: state.to_bytes()}
+        named = ((f"{name}.{suffix}", np.ascontiguousarray(x)) for suffix, x in beside.items())
+        return [(name, packed), *named]
+
+    # map, as a loop over the tensors would hold on to one while the next is read.
+    for tensors in map(stored, layers_of(model, params, on_tensor)):
+        while tensors:
+            yield tensors.pop(0)
 
 
 def _fits(parameter: Parameter, x: Any) -> bool:

@@ -35,9 +35,14 @@ def save_pretrained(
     called for every tensor that was written. Raises QloraError if `folder` is there and not empty,
     and for weights that are not finite or that `dtype` cannot hold; then nothing is left behind.
     """
+
+    def stored(tensor: tuple[Parameter, int, Any]) -> tuple[str, np.ndarray]:
+        parameter, layer, x = tensor
+        return parameter.hf_name(layer), dense(parameter, layer, x, dtype)
+
     with new_folder(Path(folder)) as part:
-        tensors = layers_of(model, params, on_tensor)
-        write_shards(part, ((p.hf_name(at), dense(p, at, x, dtype)) for p, at, x in tensors))
+        # map, as a loop over the tensors would hold on to one while the next is read.
+        write_shards(part, map(stored, layers_of(model, params, on_tensor)))
         save_config(part, model, dtype)
         save_tokenizer(part, model)
 
@@ -65,13 +70,18 @@ def layers_of(
 
 def dense(parameter: Parameter, layer: int, x: Any, dtype: DTypeLike) -> np.ndarray:
     """What `layers_of` gave as files hold it, of `dtype`; QloraError if that is not finite."""
-    values = x.dequantize(dtype) if is_weight(x) else x.astype(dtype)
+    with np.errstate(over="ignore"):  # said below, with the name
+        values = x.dequantize(dtype) if is_weight(x) else _cast(x, dtype)
     if fault := fault_of(values):
         raise QloraError(
             f"{parameter.hf_name(layer)}: {fault}; nothing was written. Check the adapters, or "
             "choose a dtype of wider range"
         )
     return np.ascontiguousarray(parameter.to_file(np.asarray(values)))
+
+
+def _cast(x: Any, dtype: DTypeLike) -> Any:
+    return x if x.dtype == jnp.dtype(dtype) else x.astype(dtype)
 
 
 def save_config(

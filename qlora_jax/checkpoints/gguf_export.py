@@ -80,13 +80,20 @@ def save_gguf(
             writer.write_ti_data_to_file()
             if divisors is not None:
                 writer.write_tensor_data(divisors)
-            for parameter, layer, x in layers_of(model, params, on_tensor):
+
+            def packed(tensor: tuple[Parameter, int, Any]) -> np.ndarray:
+                parameter, layer, x = tensor
                 stored = _stored_as(parameter, kind)
                 # What is only to be rounded to 8 bits stays as small as it is until then.
                 own = stored == "Q8_0" and not is_weight(x)
                 dtype = x.dtype if own else _DTYPES[stored]
                 values = rows_for_gguf(dense(parameter, layer, x, dtype), config, parameter)
-                writer.write_tensor_data(_packed(gguf, values, stored))
+                return _packed(gguf, values, stored)
+
+            # map, as a loop over the tensors would hold on to one while the next is read.
+            for values in map(packed, layers_of(model, params, on_tensor)):
+                writer.write_tensor_data(values)
+                del values
         finally:
             writer.close()
 
@@ -102,10 +109,17 @@ def _stored_as(parameter: Parameter, kind: Kind) -> str:
 
 def _packed(gguf: Any, values: np.ndarray, stored: str) -> np.ndarray:
     """`values` as GGUF stores them, made of some rows at a time, since that goes by way of fp32."""
+    if stored in ("F32", "F16"):
+        return values
     kind = gguf.GGMLQuantizationType[stored]
     rows = max(1, CHUNK * len(values) // values.size)
-    pieces = (values[at : at + rows] for at in range(0, len(values), rows))
-    return np.concatenate([gguf.quants.quantize(x.astype(np.float32), kind) for x in pieces])
+    whole: Any = None
+    for at in range(0, len(values), rows):
+        piece = gguf.quants.quantize(values[at : at + rows].astype(np.float32), kind)
+        if whole is None:
+            whole = np.empty((len(values), *piece.shape[1:]), piece.dtype)
+        whole[at : at + rows] = piece
+    return whole
 
 
 def _file_type(gguf: Any, kind: Kind) -> int:

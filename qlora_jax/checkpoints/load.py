@@ -20,9 +20,10 @@ from qlora_jax.checkpoints.gguf import GGUFFile
 from qlora_jax.checkpoints.heads import EncoderTensors, HeadRequest
 from qlora_jax.checkpoints.hub import download
 from qlora_jax.checkpoints.model import Model
-from qlora_jax.checkpoints.names import OnTensor, Parameter, count_tensors, parameters
+from qlora_jax.checkpoints.names import OnTensor, count_tensors, parameters
+from qlora_jax.checkpoints.on_disk import OnDisk
 from qlora_jax.checkpoints.seq2seq import Seq2SeqModel
-from qlora_jax.checkpoints.tensors import SafetensorsFolder, Tensors, fault_of, read_json
+from qlora_jax.checkpoints.tensors import SafetensorsFolder, Tensors, read_json
 from qlora_jax.checkpoints.torch_files import TorchFolder
 from qlora_jax.errors import QloraError
 from qlora_jax.lora.adapters import named_leaves
@@ -128,17 +129,20 @@ def _fits(config: Any, tensors: Tensors) -> dict[str, bool]:
     return {p.path: have[name] == p.file_shape for p, name in names.items() if name in have}
 
 
-def load_lazily(source: str | Path) -> Any:
+def load_lazily(source: str | Path, *, quantization: QuantConfig | None = None) -> Any:
     """As `load`, but every leaf of the parameters is an `OnDisk`: to be read, not to compute with.
 
     Weights have the type that they have there; a folder of `save_quantized` is read as a whole.
+    quantization: what linear weights that are dense there become, tensor by tensor.
     """
     config, tensors, read_tokenizer, _ = _open(source, HeadRequest())
     if tensors is None:
-        return load(source, dtype=jnp.float32)
+        return load(source, quantization=quantization, dtype=jnp.float32)
+    choose = Policy()
     params: dict[str, Any] = {}
     for parameter in parameters(config):
-        _put(params, parameter.path, OnDisk(parameter, tensors, None, None))
+        use = quantization if choose.selects(parameter.path, parameter.shape) else None
+        _put(params, parameter.path, OnDisk(parameter, tensors, use, None))
     return _model(config, params, read_tokenizer(), str(source), jnp.float32)
 
 
@@ -275,69 +279,6 @@ def _check(config: Any, tensors: Tensors, made: Container[str]) -> None:
         raise QloraError(
             f"{tensors.source}: the tensors do not fit the configuration:\n  " + "\n  ".join(faults)
         )
-
-
-@dataclasses.dataclass(frozen=True)
-class OnDisk:
-    """A leaf of the parameter tree in its file: `read()` is all of it, `leaf[p.at(i)]` a layer.
-
-    quantization: what a layer becomes on the way, None: what it is, of `dtype` if it is dense, or,
-    without one, of its own. Norm scales, which take little room, are fp32. told: called after every
-    layer.
-    """
-
-    parameter: Parameter
-    tensors: Tensors
-    quantization: QuantConfig | None
-    dtype: DTypeLike | None
-    told: Callable[[], Any] = lambda: None
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        return self.parameter.shape
-
-    @property
-    def ndim(self) -> int:
-        return len(self.shape)
-
-    def __getitem__(self, at: tuple[int, ...]) -> Any:
-        parameter, quantization = self.parameter, self.quantization
-        layer = int(np.ravel_multi_index(at, parameter.stack)) if at else 0
-        name = self.tensors.name(parameter, layer)
-        read = self.tensors.read(parameter, layer)
-        self.told()
-        if isinstance(read, QuantizedArray):
-            return jax.tree.map(jnp.asarray, read)
-        kept = jnp.float32 if parameter.path.endswith("/scale") else self.dtype
-        x = _ours(read, parameter.transposed, None if quantization else kept)
-        if quantization is not None:
-            return quantize(x, quantization, name=name)
-        if fault := fault_of(x):
-            raise QloraError(f"{name}: {fault}; check the checkpoint, or try a wider dtype")
-        return x
-
-    def read(self) -> Any:
-        """All layers, written into place one by one."""
-        parameter, stack = self.parameter, self.parameter.stack
-        first = self[parameter.at(0)]
-        if not stack:
-            return first
-        whole = jax.tree.map(lambda leaf: jnp.zeros((*stack, *leaf.shape), leaf.dtype), first)
-        whole = _write(whole, first, parameter.at(0))
-        for layer in range(1, parameter.layers):
-            whole = _write(whole, self[parameter.at(layer)], parameter.at(layer))
-        return whole
-
-
-# Compiled, so that neither a second copy nor a mask of the tensor's size is made on the way.
-@functools.partial(jax.jit, static_argnums=(1, 2))
-def _ours(x: jax.Array, transpose: bool, dtype: DTypeLike | None) -> jax.Array:
-    return (x.T if transpose else x).astype(dtype or x.dtype)
-
-
-@functools.partial(jax.jit, donate_argnums=0)
-def _write(whole: Any, part: Any, at: tuple[int, ...]) -> Any:
-    return jax.tree.map(lambda w, p: w.at[at].set(p), whole, part)
 
 
 def _put(tree: dict[str, Any], path: str, leaf: Any) -> None:

@@ -40,6 +40,7 @@ def write_shards(folder: Path, tensors: Iterator[tuple[str, np.ndarray]]) -> Non
         if shards[-1].size and shards[-1].size + x.nbytes > SHARD_BYTES:
             shards.append(_Shard(folder / f"{len(shards)}.raw"))
         shards[-1].add(name, x)
+        del x  # before the next one is made
     if len(shards) == 1:
         shards[0].write(folder / SINGLE)
         return

@@ -209,11 +209,20 @@ def fault_of(x: Any) -> str | None:
     """
     if not jnp.issubdtype(x.dtype, jnp.floating):
         return f"has the type {x.dtype}, expected floating-point numbers"
-    if odd := int(_count_not_finite(x)):
+    if odd := _count_not_finite(x):
         return f"{odd} of {x.size} elements are not finite as {x.dtype}"
     return None
 
 
+def _count_not_finite(x: Any) -> int:
+    if not isinstance(x, np.ndarray):
+        return int(_count_on_device(x))
+    # Some rows at a time: the device would get a copy of the whole, the mask be half as large.
+    rows = max(1, (1 << 22) * len(x) // x.size) if x.ndim else 1
+    pieces = (x[at : at + rows] for at in range(0, len(x), rows)) if x.ndim else (x,)
+    return sum(int(np.sum(~np.isfinite(piece))) for piece in pieces)
+
+
 @jax.jit
-def _count_not_finite(x: jax.Array) -> jax.Array:
+def _count_on_device(x: jax.Array) -> jax.Array:
     return jnp.sum(~jnp.isfinite(x))

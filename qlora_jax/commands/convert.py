@@ -75,17 +75,13 @@ class Convert:
         return functools.partial(save_gguf, kind=kind)
 
     def _read(self, begin: Callable[[str], OnTensor]) -> Model:
-        """What is written in 4 bits is in memory as a whole, what is dense a tensor at a time."""
+        """All is read while it is written, a tensor at a time, except what is in 4 bits already."""
         if self.to != "bitsandbytes":
             return load_lazily(self.source)
-        # What is in 4 bits already keeps its codes.
+        if is_four_bit(self.source):  # keeps its codes
+            return load(self.source, dtype=self._dtype(), on_tensor=begin("reading"))
         form = QuantConfig(self.quant_type, self.block_size, self.double_quant)
-        return load(
-            self.source,
-            quantization=None if is_four_bit(self.source) else form,
-            dtype=self._dtype(),
-            on_tensor=begin("reading"),
-        )
+        return load_lazily(self.source, quantization=form)
 
     def _dtype(self) -> str:
         if self.dtype != "auto":

@@ -254,6 +254,19 @@ def test_smollm2_through_every_format(tmp_path):
     assert half.config == dense.config
     assert half.tokenizer.chat_template == dense.tokenizer.chat_template
     assert answers(half) == expected
+    peer = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "safetensors", **EAGER)
+    (tmp_path / "bin").mkdir()
+    peer.config.save_pretrained(tmp_path / "bin")
+    dense.tokenizer.save_pretrained(tmp_path / "bin")
+    torch.save(peer.state_dict(), tmp_path / "bin" / "pytorch_model.bin")
+    assert answers(qj.load(tmp_path / "bin")) == expected
+    # 8 bits change the weights, and some answers with them, but only once.
+    save_gguf(tmp_path / "eight.gguf", dense, kind="q8_0")
+    eight = qj.load(tmp_path / "eight.gguf")
+    once = answers(eight)
+    save_gguf(tmp_path / "again.gguf", eight, kind="q8_0")
+    assert (tmp_path / "again.gguf").read_bytes() == (tmp_path / "eight.gguf").read_bytes()
+    assert answers(qj.load(tmp_path / "again.gguf")) == once
     four = qj.load(smollm2.gguf(), quantization=qj.NF4())
     save_bitsandbytes(tmp_path / "bnb", four)
     back = qj.load(tmp_path / "bnb")

@@ -1,0 +1,87 @@
+"""A leaf of the parameter tree that is still in its file."""
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.typing import DTypeLike
+
+from qlora_jax.checkpoints.names import Parameter
+from qlora_jax.checkpoints.tensors import Tensors, fault_of
+from qlora_jax.errors import QloraError
+from qlora_jax.quant import QuantConfig, QuantizedArray, quantize
+
+
+@dataclasses.dataclass(frozen=True)
+class OnDisk:
+    """A leaf of the parameter tree in its file: `read()` is all of it, `leaf[p.at(i)]` a layer.
+
+    quantization: what a layer becomes on the way, None: what it is, of `dtype` if it is dense, or,
+    without one, of its own, and then a NumPy array, of which no copy is made. Norm scales, which
+    take little room, are fp32. told: called after every layer.
+    """
+
+    parameter: Parameter
+    tensors: Tensors
+    quantization: QuantConfig | None
+    dtype: DTypeLike | None
+    told: Callable[[], Any] = lambda: None
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.parameter.shape
+
+    @property
+    def ndim(self) -> int:
+        return len(self.shape)
+
+    def abstract(self) -> Any:
+        """What `read` would give, without its numbers; a type that only the file knows is fp32."""
+        leaf = jax.ShapeDtypeStruct(self.shape, jnp.dtype(self.dtype or jnp.float32))
+        return quantize(leaf, self.quantization) if self.quantization else leaf
+
+    def __getitem__(self, at: tuple[int, ...]) -> Any:
+        parameter, quantization = self.parameter, self.quantization
+        layer = int(np.ravel_multi_index(at, parameter.stack)) if at else 0
+        name = self.tensors.name(parameter, layer)
+        read = self.tensors.read(parameter, layer)
+        self.told()
+        if isinstance(read, QuantizedArray):
+            return jax.tree.map(jnp.asarray, read)
+        if quantization is not None:
+            return quantize(_ours(read, parameter.transposed, None), quantization, name=name)
+        kept = jnp.float32 if parameter.path.endswith("/scale") else self.dtype
+        if self.dtype is None:
+            x = parameter.to_file(read).astype(kept or read.dtype, copy=False)
+        else:
+            x = _ours(read, parameter.transposed, kept)
+        if fault := fault_of(x):
+            raise QloraError(f"{name}: {fault}; check the checkpoint, or try a wider dtype")
+        return x
+
+    def read(self) -> Any:
+        """All layers, written into place one by one."""
+        parameter, stack = self.parameter, self.parameter.stack
+        first = self[parameter.at(0)]
+        if not stack:
+            return first
+        whole = jax.tree.map(lambda leaf: jnp.zeros((*stack, *leaf.shape), leaf.dtype), first)
+        whole = _write(whole, first, parameter.at(0))
+        for layer in range(1, parameter.layers):
+            whole = _write(whole, self[parameter.at(layer)], parameter.at(layer))
+        return whole
+
+
+# Compiled, so that neither a second copy nor a mask of the tensor's size is made on the way.
+@functools.partial(jax.jit, static_argnums=(1, 2))
+def _ours(x: jax.Array, transpose: bool, dtype: DTypeLike | None) -> jax.Array:
+    return (x.T if transpose else x).astype(dtype or x.dtype)
+
+
+@functools.partial(jax.jit, donate_argnums=0)
+def _write(whole: Any, part: Any, at: tuple[int, ...]) -> Any:
+    return jax.tree.map(lambda w, p: w.at[at].set(p), whole, part)
