@@ -3,29 +3,26 @@
 import dataclasses
 import functools
 import importlib.util
-import math
-import signal
-import threading
 import time
-from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import jax
-import jax.numpy as jnp
-import numpy as np
 import optax
 
 from qlora_jax import lora
 from qlora_jax.checkpoints import peft
 from qlora_jax.checkpoints.model import Model
-from qlora_jax.data import IGNORE, TokenizedDataset, TokenizedExample, evaluation_batches
+from qlora_jax.data import TokenizedDataset
 from qlora_jax.errors import QloraError, missing
+from qlora_jax.training.checks import check_examples
+from qlora_jax.training.evaluation import HeldOut
+from qlora_jax.training.interrupts import Interrupts
+from qlora_jax.training.log import StepLog, due, rate_table
 from qlora_jax.training.plot import plot_losses
-from qlora_jax.training.report import MetricsFile, Progress, Silence, peak_memory
+from qlora_jax.training.report import MetricsFile, Progress, Silence
 from qlora_jax.training.settings import TrainSettings
-from qlora_jax.training.step import Metrics, TrainState, make_eval_step, make_train_step
-from qlora_jax.training.stream import StepBatches, sequence_length
+from qlora_jax.training.step import TrainState, make_train_step
+from qlora_jax.training.stream import StepBatches
 
 _NEEDED_AT_THE_END = (
     ("safetensors", "saving an adapter", "hf"),
@@ -92,10 +89,10 @@ def fit(
         if importlib.util.find_spec(package) is None:
             raise missing(package, purpose, extra)
     for examples in (train, evaluation or ()):
-        _check(model, examples)
+        check_examples(model, examples)
     stream = StepBatches(train, settings)
     steps = stream.steps
-    rates = None if optimizer else _table(settings.learning_rates(steps), steps)
+    rates = None if optimizer else rate_table(settings.learning_rates(steps), steps)
     optimizer = optimizer or settings.optimizer(steps)
     init_key, run_key = jax.random.split(jax.random.key(settings.seed))
     if adapters is None:
@@ -110,22 +107,22 @@ def fit(
     )
     held_out = None
     if evaluation is not None:
-        held_out = _HeldOut(model, evaluation, settings)
+        held_out = HeldOut(model, evaluation, settings)
     output.mkdir(parents=True, exist_ok=True)
 
     began, number, interrupted = time.perf_counter(), 0, False
     with (
-        _Interrupts() as interrupts,
+        Interrupts() as interrupts,
         MetricsFile(output / "metrics.jsonl") as metrics,
         Progress(steps) if display else Silence() as progress,
     ):
-        log = _Log(metrics, progress, settings.log_every, steps, rates)
+        log = StepLog(metrics, progress, settings.log_every, steps, rates)
         for number, batch in enumerate(stream.start(), start=1):
             state, measured = step(state, model.params, batch)
             log.dispatched(number, measured, int(batch["attention_mask"].sum()))
             last = number == steps
-            evaluating = held_out is not None and (last or _due(number, settings.eval_every))
-            saving = not last and _due(number, settings.save_every)
+            evaluating = held_out is not None and (last or due(number, settings.eval_every))
+            saving = not last and due(number, settings.save_every)
             if not (evaluating or saving or last or interrupts.caught):
                 continue
             log.catch_up(write=last or interrupts.caught)
@@ -145,140 +142,3 @@ def fit(
         plot_losses(output / "loss.png", metrics.history)
     seconds = time.perf_counter() - began
     return FitResult(state.adapters, metrics.history, number, seconds, interrupted)
-
-
-def _check(model: Model, examples: Sequence[TokenizedExample]) -> None:
-    """Refuses what the model would take and train on wrongly: on the device nothing is checked."""
-    context, vocabulary = model.config.max_position_embeddings, model.config.vocab_size
-    for number, example in enumerate(examples):
-        ids, labels = example.input_ids, example.labels
-        if len(ids) > context:
-            raise QloraError(
-                f"example {number} has {len(ids)} tokens, more than the model's context of "
-                f"{context}; cut examples to it: --max-length {context}, or max_length={context} "
-                "in tokenize"
-            )
-        outside = (ids < 0) | (ids >= vocabulary)
-        if np.any(outside):
-            raise QloraError(
-                f"example {number} has the token id {ids[outside][0]}, the model's vocabulary is "
-                f"0 to {vocabulary - 1}; tokenize with the model's own tokenizer"
-            )
-        outside = (labels != IGNORE) & ((labels < 0) | (labels >= vocabulary))
-        if np.any(outside):
-            raise QloraError(
-                f"example {number} has the label {labels[outside][0]}, which is neither a token "
-                f"(0 to {vocabulary - 1}) nor {IGNORE} for none"
-            )
-
-
-class _Log:
-    """Metrics of the steps, read one step behind, so that the device never waits for us."""
-
-    def __init__(
-        self,
-        metrics: MetricsFile,
-        progress: Progress | Silence,
-        every: int,
-        steps: int,
-        rates: np.ndarray | None,
-    ) -> None:
-        self._metrics, self._progress, self._rates = metrics, progress, rates
-        self._every, self._steps = every, steps
-        self._pending: tuple[int, Metrics, int] | None = None
-        self.restart_clock()
-
-    def restart_clock(self) -> None:
-        """What passed until now was no step."""
-        self._clock = time.perf_counter()
-
-    def dispatched(self, number: int, measured: Metrics, real_tokens: int) -> None:
-        """Step `number` is on its way: waits for the one before it."""
-        self.catch_up()
-        self._pending = number, measured, real_tokens
-
-    def catch_up(self, write: bool = False) -> None:
-        """Waits for the step that is on its way. write: log it even if it is not its turn."""
-        if self._pending is None:
-            return
-        (number, measured, real_tokens), self._pending = self._pending, None
-        values = {key: float(value) for key, value in measured.items()}
-        if not math.isfinite(values["loss"] + values["grad_norm"]):
-            raise QloraError(
-                f"step {number}: the loss is {values['loss']}, the gradient norm "
-                f"{values['grad_norm']}; try a lower learning rate or more warm-up"
-            )
-        seconds = time.perf_counter() - self._clock
-        self.restart_clock()
-        if self._rates is not None:
-            values["learning_rate"] = float(self._rates[number - 1])
-        entry = {
-            "step": number,
-            **values,
-            "tokens_per_second": real_tokens / seconds,
-            "memory_bytes": peak_memory(),
-            "seconds": seconds,
-        }
-        if write or _due(number, self._every):
-            self._metrics.add(**entry)
-        self._progress.step(number, entry)
-
-
-class _HeldOut:
-    """The evaluation set, and the compiled function that is run on it."""
-
-    def __init__(self, model: Model, dataset: TokenizedDataset, settings: TrainSettings) -> None:
-        self._params, self._dataset = model.params, dataset
-        self._batch_size = settings.batch_size
-        self._length = sequence_length(dataset, settings.sequence_length)
-        self._step = make_eval_step(model.loss)
-
-    def evaluate(
-        self, adapters: lora.Adapters, interrupts: "_Interrupts"
-    ) -> tuple[float, int] | None:
-        """(mean loss over all labelled tokens, their number); None if interrupted."""
-        total, tokens = 0.0, 0.0
-        for batch in evaluation_batches(
-            self._dataset, self._batch_size, sequence_length=self._length
-        ):
-            loss, count = self._step(adapters, self._params, batch)
-            total, tokens = total + float(loss), tokens + float(count)
-            if interrupts.caught:
-                return None
-        return total / max(tokens, 1.0), int(tokens)
-
-
-class _Interrupts:
-    """Within the block a first Ctrl-C is only noted; a second one raises KeyboardInterrupt.
-
-    An exception in the middle of a step would lose the run: the old state is donated, and the new
-    one not yet ours. Python takes signals in its main thread, so elsewhere this does nothing.
-    """
-
-    def __init__(self) -> None:
-        self.caught = False
-        self._ours = threading.current_thread() is threading.main_thread()
-
-    def __enter__(self) -> "_Interrupts":
-        if self._ours:
-            self._before = signal.signal(signal.SIGINT, self._note)
-        return self
-
-    def __exit__(self, *_: Any) -> None:
-        if self._ours:
-            # None: a handler that was not installed from Python, and cannot be from here.
-            signal.signal(signal.SIGINT, self._before or signal.SIG_DFL)
-
-    def _note(self, *_: Any) -> None:
-        if self.caught:
-            raise KeyboardInterrupt
-        self.caught = True
-
-
-def _table(rates: optax.Schedule, steps: int) -> np.ndarray:
-    """All rates [steps] at once: asked one by one they would queue behind the steps."""
-    return np.asarray(jax.vmap(lambda step: jnp.asarray(rates(step)))(jnp.arange(steps)))
-
-
-def _due(number: int, every: int | None) -> bool:
-    return every is not None and number % every == 0

@@ -1,0 +1,31 @@
+"""The loss on held-out examples, now and then in a run."""
+
+from qlora_jax import lora
+from qlora_jax.checkpoints.model import Model
+from qlora_jax.data import TokenizedDataset, evaluation_batches
+from qlora_jax.training.interrupts import Interrupts
+from qlora_jax.training.settings import TrainSettings
+from qlora_jax.training.step import make_eval_step
+from qlora_jax.training.stream import sequence_length
+
+
+class HeldOut:
+    """The evaluation set, and the compiled function that is run on it."""
+
+    def __init__(self, model: Model, dataset: TokenizedDataset, settings: TrainSettings) -> None:
+        self._params, self._dataset = model.params, dataset
+        self._batch_size = settings.batch_size
+        self._length = sequence_length(dataset, settings.sequence_length)
+        self._step = make_eval_step(model.loss)
+
+    def evaluate(self, adapters: lora.Adapters, interrupts: Interrupts) -> tuple[float, int] | None:
+        """(mean loss over all labelled tokens, their number); None if interrupted."""
+        total, tokens = 0.0, 0.0
+        for batch in evaluation_batches(
+            self._dataset, self._batch_size, sequence_length=self._length
+        ):
+            loss, count = self._step(adapters, self._params, batch)
+            total, tokens = total + float(loss), tokens + float(count)
+            if interrupts.caught:
+                return None
+        return total / max(tokens, 1.0), int(tokens)
