@@ -11,6 +11,7 @@ import qlora_jax as qj
 from qlora_jax import models
 from qlora_jax.checkpoints.model import Model
 from qlora_jax.models import LlamaConfig
+from qlora_jax.models.remat import Remat
 
 
 def config(layers: int, hidden: int = 1024, vocabulary: int = 32000) -> LlamaConfig:
@@ -34,7 +35,7 @@ def train_step(
     time: int,
     rank: int = 16,
     dtype: Any = jnp.float32,
-    remat: bool = True,
+    remat: Remat = "full",
 ) -> tuple[Any, tuple[Any, Any, Any]]:
     """(step, (state, params, batch)): the jitted step, and shapes that it can be lowered for."""
     params = qj.quantize_tree(models.abstract_params(config, dtype), qj.NF4())

@@ -13,6 +13,7 @@ from qlora_jax.models import bind
 from qlora_jax.models.classification import classification_loss
 from qlora_jax.models.encoder_config import CLASSIFICATION, HEADS, EncoderConfig
 from qlora_jax.models.loss import token_loss
+from qlora_jax.models.remat import Remat
 
 _INPUTS = ("attention_mask", "segment_ids", "token_type_ids", "positions")
 
@@ -33,7 +34,7 @@ class EncoderModel:
     token_type_ids  [B, T] int: first or second of a pair of texts; None: the first
     positions       [B, T] int, from zero on (also of a RoBERTa). None: BERT and DeBERTa count every
                     token of a row, RoBERTa those that are not its padding token
-    remat           keep only each layer's input for the gradient
+    remat           what the gradient keeps of each layer (see `models.remat.RematPolicy`)
     """
 
     config: EncoderConfig
@@ -64,7 +65,7 @@ class EncoderModel:
         segment_ids: jax.Array | None = None,
         token_type_ids: jax.Array | None = None,
         positions: jax.Array | None = None,
-        remat: bool = False,
+        remat: Remat = "none",
     ) -> jax.Array:
         """Hidden states [B, T, D] after the last layer.
 
@@ -91,7 +92,7 @@ class EncoderModel:
         return lift(head, strict=True)(params, hidden)
 
     def loss(
-        self, params: Any, batch: Batch, *, remat: bool = False
+        self, params: Any, batch: Batch, *, remat: Remat = "none"
     ) -> tuple[jax.Array, jax.Array]:
         """(sum of losses, how many they are), what `make_train_step` wants; transformers' mean.
 

@@ -10,6 +10,7 @@ from jax.typing import DTypeLike
 from qlora_jax.lift import lift
 from qlora_jax.models import Cache, DecoderConfig, apply_head, apply_hidden
 from qlora_jax.models.loss import causal_lm_loss
+from qlora_jax.models.remat import Remat
 
 Batch = dict[str, Any]
 
@@ -46,13 +47,14 @@ class Model:
         segment_ids: jax.Array | None = None,
         positions: jax.Array | None = None,
         cache: Cache | None = None,
-        remat: bool = False,
+        remat: Remat = "none",
     ) -> tuple[jax.Array, Cache | None]:
         """Logits, fp32 [B, T, V], of input_ids [B, T], and the extended cache (None without one).
 
         attention_mask [B, T]: zero on padding, on either side; segment_ids [B, T]: documents packed
         in a row, which do not see each other; positions [B, T]: counted from these if None;
-        cache: of `new_cache`; remat: keep only each layer's input for the gradient.
+        cache: of `new_cache`; remat: what the gradient keeps of each layer
+        (see `models.remat.RematPolicy`).
         """
         hidden, cache = self.hidden(
             params,
@@ -74,7 +76,7 @@ class Model:
         segment_ids: jax.Array | None = None,
         positions: jax.Array | None = None,
         cache: Cache | None = None,
-        remat: bool = False,
+        remat: Remat = "none",
     ) -> tuple[jax.Array, Cache | None]:
         """Hidden states [B, T, D] after the final norm, and the cache; arguments as for `apply`."""
         hidden = functools.partial(apply_hidden, self.config, dtype=self.dtype, remat=remat)
@@ -93,7 +95,7 @@ class Model:
         return lift(head, strict=True)(params, hidden)
 
     def loss(
-        self, params: Any, batch: Batch, *, remat: bool = False
+        self, params: Any, batch: Batch, *, remat: Remat = "none"
     ) -> tuple[jax.Array, jax.Array]:
         """(sum of the token losses, number of labelled tokens), what `make_train_step` wants.
 

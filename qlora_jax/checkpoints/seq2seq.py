@@ -12,6 +12,7 @@ from qlora_jax.checkpoints.model import Batch, describe
 from qlora_jax.lift import lift
 from qlora_jax.models import EncoderDecoderCache, T5Config, bind
 from qlora_jax.models.loss import IGNORE, token_loss
+from qlora_jax.models.remat import Remat
 
 
 @dataclasses.dataclass(frozen=True, repr=False)
@@ -25,7 +26,7 @@ class Seq2SeqModel:
     decoder_input_ids, decoder_attention_mask  [B, T] of the decoder, from its start token on
     segment_ids, decoder_segment_ids           [B, E] and [B, T]: pairs packed in a row, which do
                                                not see each other, by number; both or none
-    remat                                      keep only each layer's input for the gradient
+    remat                                      as for `Model.apply`
     """
 
     task_type: ClassVar[str] = "SEQ_2_SEQ_LM"
@@ -47,7 +48,7 @@ class Seq2SeqModel:
         decoder_attention_mask: jax.Array | None = None,
         segment_ids: jax.Array | None = None,
         decoder_segment_ids: jax.Array | None = None,
-        remat: bool = False,
+        remat: Remat = "none",
     ) -> jax.Array:
         """Logits, fp32 [B, T, V]: of the token after each of decoder_input_ids."""
         encoder = {"attention_mask": attention_mask, "segment_ids": segment_ids}
@@ -69,7 +70,7 @@ class Seq2SeqModel:
         *,
         attention_mask: jax.Array | None = None,
         segment_ids: jax.Array | None = None,
-        remat: bool = False,
+        remat: Remat = "none",
     ) -> jax.Array:
         """The encoder's hidden states [B, E, D]."""
 
@@ -89,7 +90,7 @@ class Seq2SeqModel:
         decoder_attention_mask: jax.Array | None = None,
         segment_ids: jax.Array | None = None,
         decoder_segment_ids: jax.Array | None = None,
-        remat: bool = False,
+        remat: Remat = "none",
     ) -> jax.Array:
         """The decoder's hidden states [B, T, D], for `head`; encoded [B, E, D]: of `encode`."""
 
@@ -109,7 +110,7 @@ class Seq2SeqModel:
         return self._run(lambda model, hidden: model.head(hidden), params, hidden)
 
     def loss(
-        self, params: Any, batch: Batch, *, remat: bool = False
+        self, params: Any, batch: Batch, *, remat: Remat = "none"
     ) -> tuple[jax.Array, jax.Array]:
         """(sum of the token losses, number of labelled tokens), what `make_train_step` wants.
 

@@ -20,6 +20,7 @@ from qlora_jax.models.encoder_config import (
 )
 from qlora_jax.models.heads import MaskedLMHead, Pooler, classifier
 from qlora_jax.models.positions import count_positions
+from qlora_jax.models.remat import Remat, named
 
 BERT, ROBERTA = "bert", "roberta"
 _ARCHITECTURE = {BERT: "Bert", ROBERTA: "Roberta"}
@@ -91,7 +92,7 @@ class SelfAttention(nnx.Module):
         """x [B, T, D], mask [B, 1, 1 or T, T] -> [B, T, D]."""
         split = (*x.shape[:2], -1, self.head_dim)
         q, k, v = (project(x).reshape(split) for project in (self.query, self.key, self.value))
-        return attend(q, k, v, mask)
+        return attend(named("query", q), named("key", k), named("value", v), mask)
 
 
 class RobertaClassifier(nnx.Module):
@@ -138,7 +139,7 @@ class Bert(nnx.Module):
         segment_ids: jax.Array | None = None,
         token_type_ids: jax.Array | None = None,
         positions: jax.Array | None = None,
-        remat: bool = False,
+        remat: Remat = "none",
     ) -> jax.Array:
         """Hidden states [B, T, D] after the last layer; see `EncoderModel.hidden`."""
         config, first = self.config, self.config.first_position

@@ -30,6 +30,7 @@ from qlora_jax.models.encoder_config import (
 from qlora_jax.models.heads import MaskedLMHead, Pooler, classifier
 from qlora_jax.models.norm import LayerNorm
 from qlora_jax.models.positions import count_positions
+from qlora_jax.models.remat import Remat, cheap, named
 from qlora_jax.models.typed import checked, entry
 
 NAMES = {
@@ -236,6 +237,7 @@ class DisentangledAttention(nnx.Module):
             project = self.query_proj if config.share_att_key else self.pos_query_proj
             assert relative is not None
             pos_q = _split(project(relative), config.head_dim)
+        q, k, v = named("query", q), named("key", k), named("value", v)
         return _attend(q, k, v, pos_q, pos_k, rows, mask, config.score_scale)
 
 
@@ -343,7 +345,7 @@ class DebertaStack(Stack):
         mask: jax.Array | None,
         real: jax.Array,
         segment_ids: jax.Array | None,
-        remat: bool,
+        remat: Remat,
     ) -> jax.Array:
         """x [B, T, D] through all layers; real [B, T, 1] is zero on padding."""
         relative = rows = None
@@ -355,7 +357,7 @@ class DebertaStack(Stack):
                 relative = self.LayerNorm(relative)
 
         # One program for all layers, in which the first one takes another turn at its end.
-        @functools.partial(jax.checkpoint, prevent_cse=False)
+        @cheap
         def convolve(number: jax.Array, x: jax.Array, out: jax.Array) -> jax.Array:
             return jax.lax.cond(
                 number == 0, lambda: self.conv(x, out, real, segment_ids), lambda: out
@@ -406,7 +408,7 @@ class Deberta(nnx.Module):
         segment_ids: jax.Array | None = None,
         token_type_ids: jax.Array | None = None,
         positions: jax.Array | None = None,
-        remat: bool = False,
+        remat: Remat = "none",
     ) -> jax.Array:
         """Hidden states [B, T, D] after the last layer; see `EncoderModel.hidden`."""
         config = self.config

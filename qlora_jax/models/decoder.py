@@ -3,7 +3,6 @@
 Letters: B batch, T time, S cache slots, D model, V vocabulary, H heads, Dh size of a head.
 """
 
-import functools
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
@@ -17,14 +16,10 @@ from qlora_jax.models.attention import causal_mask, same_segment, within_window
 from qlora_jax.models.cache import Cache, check_room
 from qlora_jax.models.config import FULL, DecoderConfig
 from qlora_jax.models.positions import count_positions
+from qlora_jax.models.remat import Remat, cheap, named, rematerialized
 
 Rotation = tuple[jax.Array, jax.Array]
 """Cosine and sine, fp32 [B, T, Dh/2]."""
-
-cheap = functools.partial(jax.checkpoint, prevent_cse=False)
-"""Marks where the backward pass starts from the inputs again. What lies between two such places is
-a norm or a gate before matrix products; of those no output is needed again but what the next place
-keeps, so they are not repeated: of all [B, T, F] arrays of a Llama gate and up alone are kept."""
 
 
 class DecoderLayer(Protocol):
@@ -128,7 +123,7 @@ class Decoder(nnx.Module):
         segment_ids: jax.Array | None = None,
         positions: jax.Array | None = None,
         cache: Cache | None = None,
-        remat: bool = False,
+        remat: Remat = "none",
     ) -> tuple[jax.Array, Cache | None]:
         """Final, normalized hidden states [B, T, D]; see `families.apply_hidden`."""
         config, (batch, time) = self.config, input_ids.shape
@@ -159,12 +154,14 @@ class Decoder(nnx.Module):
 
         def layer_step(carry: Any, xs: Any) -> tuple[Any, None]:
             x, keys, values = carry
+            x = named("layer_input", x)
             state, number, window, kind, scale = xs
             layer: DecoderLayer = nnx.merge(graphdef, state)
             rotation = None if not rotations else rotations[0]
             if kind is not None:
                 rotation = jax.tree.map(lambda *kinds: jnp.stack(kinds)[kind], *rotations)
             q, k, v = cheap(lambda x: layer.project(x, rotation))(x)
+            q, k, v = named("query", q), named("key", k), named("value", v)
             if scale is not None:
                 q = q * scale.astype(q.dtype)
             if cache is not None:
@@ -175,12 +172,11 @@ class Decoder(nnx.Module):
             here = mask
             if mask is not None and window is not None:
                 here = mask & within_window(queries, slots, window)
-            x = layer.attend(x, q, k, v, here)
+            x = named("attended", layer.attend(x, q, k, v, here))
             return (layer.feed_forward(x), keys, values), None
 
         # The cache travels in the carry, where XLA updates it in place; as scan inputs and outputs
         # it would be copied whole at every token.
-        step = jax.checkpoint(layer_step, prevent_cse=False) if remat else layer_step
         carry = (
             self.embed(input_ids, positions),
             *((None, None) if cache is None else (cache.k, cache.v)),
@@ -191,7 +187,7 @@ class Decoder(nnx.Module):
         scales = self.query_scales()
         scales = None if scales is None else jnp.asarray(scales, jnp.float32)
         xs = (stacked, numbers, windows, kinds, scales)
-        (x, keys, values), _ = jax.lax.scan(step, carry, xs)
+        (x, keys, values), _ = jax.lax.scan(rematerialized(layer_step, remat), carry, xs)
         if cache is not None and valid is not None:
             cache = Cache(
                 k=keys,

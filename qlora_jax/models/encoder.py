@@ -16,9 +16,7 @@ from qlora_jax.errors import QloraError
 from qlora_jax.models.attention import same_segment
 from qlora_jax.models.encoder_config import ACTIVATIONS, EncoderConfig
 from qlora_jax.models.norm import LayerNorm
-
-_cheap = functools.partial(jax.checkpoint, prevent_cse=False)
-"""Of what stands inside, the backward pass computes again rather than keeps."""
+from qlora_jax.models.remat import Remat, cheap, named, rematerialized
 
 
 def linear(config: EncoderConfig, size: int, out: int, **options: Any) -> nnx.Linear:
@@ -93,8 +91,8 @@ class Output(nnx.Module):
     ) -> jax.Array:
         """x [B, T, D or F], residual [B, T, D] -> [B, T, D]."""
         # Of the MLP's two [B, T, F] arrays only the one before the activation is kept.
-        added = self.dense(x) if act is None else _cheap(lambda x: self.dense(act(x)))(x)
-        return self.LayerNorm(added + residual)
+        added = self.dense(x) if act is None else cheap(lambda x: self.dense(act(x)))(x)
+        return self.LayerNorm(named("attended", added + residual))
 
 
 class AttentionBlock(nnx.Module):
@@ -121,7 +119,7 @@ class Layer(nnx.Module):
     def __call__(self, x: jax.Array, *context: Any) -> jax.Array:
         """x [B, T, D] -> [B, T, D]; context: what the family's attention takes beside x."""
         x = self.attention.output(self.attention.self(x, *context), x)
-        return self.output(self.intermediate.dense(x), x, self.act)
+        return self.output(named("wide", self.intermediate.dense(x)), x, self.act)
 
 
 class Stack(nnx.Module):
@@ -144,26 +142,26 @@ class Stack(nnx.Module):
         self,
         x: jax.Array,
         *context: Any,
-        remat: bool,
+        remat: Remat,
         after: Callable[[jax.Array, jax.Array, jax.Array], jax.Array] | None = None,
     ) -> jax.Array:
         """x [B, T, D] through all layers.
 
-        remat: keep only each layer's input for the backward pass. after: what becomes of a layer's
-        (number, input, output), its output by default.
+        after: what becomes of a layer's (number, input, output), its output by default.
         """
         graphdef, stacked = nnx.split(self.layer)
 
         def layer_step(x: jax.Array, xs: Any) -> tuple[jax.Array, None]:
             state, number = xs
+            x = named("layer_input", x)
             out = nnx.merge(graphdef, state)(x, *context)
             return out if after is None else after(number, x, out), None
 
-        step = _cheap(layer_step) if remat else layer_step
+        step = rematerialized(layer_step, remat)
         return jax.lax.scan(step, x, (stacked, jnp.arange(self.depth)))[0]
 
 
-@functools.partial(jax.checkpoint, prevent_cse=False)
+@cheap
 def attend(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array | None) -> jax.Array:
     """q, k, v [B, T, H, Dh] -> [B, T, D]; mask [B, 1, 1 or T, T]: which keys a query may see.
 

@@ -18,6 +18,7 @@ from jax.typing import DTypeLike
 from qlora_jax.errors import QloraError
 from qlora_jax.models import bert, deberta, gemma, gpt2, llama, moe, phi3, smollm3, t5
 from qlora_jax.models.cache import Cache
+from qlora_jax.models.remat import Remat
 
 Params = Mapping[str, Any]
 
@@ -129,7 +130,7 @@ def apply_hidden(
     positions: jax.Array | None = None,
     cache: Cache | None = None,
     dtype: DTypeLike = jnp.float32,
-    remat: bool = False,
+    remat: Remat = "none",
 ) -> tuple[jax.Array, Cache | None]:
     """A decoder's hidden states after the final norm.
 
@@ -143,7 +144,7 @@ def apply_hidden(
     cache           None, or the `Cache` to extend by these T tokens. The caller provides the room:
                     inside jit an overflow cannot be detected.
     dtype           of the computation; norms, softmax and rotation are fp32 throughout.
-    remat           keep only each layer's input for the backward pass and compute it again.
+    remat           what the backward pass keeps of each layer: see `remat.RematPolicy`
 
     Returns hidden [B, T, D] and the extended cache (None if none was given).
     """

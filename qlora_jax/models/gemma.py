@@ -25,8 +25,9 @@ from qlora_jax.models.config import (
     shared_to_hf,
     special_tokens,
 )
-from qlora_jax.models.decoder import Decoder, Rotation, cheap
+from qlora_jax.models.decoder import Decoder, Rotation
 from qlora_jax.models.norm import RMSNorm
+from qlora_jax.models.remat import cheap, named
 from qlora_jax.models.rope import RopeConfig, rotation
 from qlora_jax.models.typed import entry, needed
 
@@ -263,7 +264,7 @@ class Layer(nnx.Module):
 
     def feed_forward(self, x: jax.Array) -> jax.Array:
         before = self.pre_feedforward_layernorm if self.sandwich else self.post_attention_layernorm
-        gate, up = cheap(lambda x: self.mlp.widen(before(x)))(x)
+        gate, up = named("wide", cheap(lambda x: self.mlp.widen(before(x)))(x))
         out = cheap(self.mlp.narrow)(gate, up)
         return x + (self.post_feedforward_layernorm(out) if self.sandwich else out)
 

@@ -22,8 +22,9 @@ from qlora_jax.models.config import (
     special_tokens,
     special_tokens_to_hf,
 )
-from qlora_jax.models.decoder import Decoder, Rotation, cheap
+from qlora_jax.models.decoder import Decoder, Rotation
 from qlora_jax.models.norm import LayerNorm
+from qlora_jax.models.remat import cheap, named
 from qlora_jax.models.typed import entry
 
 NAMES = {
@@ -174,7 +175,7 @@ class Layer(nnx.Module):
         return x + self.attn.attend(q, k, v, mask)
 
     def feed_forward(self, x: jax.Array) -> jax.Array:
-        wide = cheap(lambda x: self.mlp.c_fc(self.ln_2(x)))(x)
+        wide = named("wide", cheap(lambda x: self.mlp.c_fc(self.ln_2(x)))(x))
         return x + cheap(self.mlp.narrow)(wide)
 
 

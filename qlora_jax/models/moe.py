@@ -22,9 +22,10 @@ from qlora_jax.models.config import (
     shared_to_hf,
     special_tokens,
 )
-from qlora_jax.models.decoder import Decoder, PreNormLayer, Rotation, cheap
+from qlora_jax.models.decoder import Decoder, PreNormLayer, Rotation
 from qlora_jax.models.experts import SparseMLP
 from qlora_jax.models.norm import RMSNorm
+from qlora_jax.models.remat import cheap, named
 from qlora_jax.models.rope import RopeConfig, rotation
 from qlora_jax.models.typed import entry
 
@@ -194,7 +195,8 @@ class MoeLayer(PreNormLayer):
     def feed_forward(self, x: jax.Array) -> jax.Array:
         norm = self.post_attention_layernorm
         routing = cheap(lambda x: self.mlp.route(norm(x)))(x)
-        gate, up = cheap(lambda x, routing: self.mlp.widen(norm(x), routing))(x, routing)
+        widen = cheap(lambda x, routing: self.mlp.widen(norm(x), routing))
+        gate, up = named("wide", widen(x, routing))
         return x + cheap(self.mlp.narrow)(gate, up, routing)
 
 

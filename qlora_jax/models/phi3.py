@@ -22,8 +22,9 @@ from qlora_jax.models.config import (
     shared_to_hf,
     special_tokens,
 )
-from qlora_jax.models.decoder import Decoder, PreNormLayer, Rotation, cheap
+from qlora_jax.models.decoder import Decoder, PreNormLayer, Rotation
 from qlora_jax.models.norm import RMSNorm
+from qlora_jax.models.remat import cheap, named
 from qlora_jax.models.rope import RopeConfig, rotate, rotation
 from qlora_jax.models.typed import entry
 
@@ -186,7 +187,8 @@ class Layer(PreNormLayer):
         self.mlp = MLP(config, **options)
 
     def feed_forward(self, x: jax.Array) -> jax.Array:
-        wide = cheap(lambda x: self.mlp.gate_up_proj(self.post_attention_layernorm(x)))(x)
+        widen = cheap(lambda x: self.mlp.gate_up_proj(self.post_attention_layernorm(x)))
+        wide = named("wide", widen(x))
         return x + cheap(self.mlp.narrow)(wide)
 
 

@@ -18,8 +18,8 @@ from jax.typing import DTypeLike
 from qlora_jax.errors import QloraError
 from qlora_jax.models.attention import causal_mask
 from qlora_jax.models.cache import EncoderDecoderCache, check_room
-from qlora_jax.models.decoder import cheap
 from qlora_jax.models.norm import RMSNorm
+from qlora_jax.models.remat import Remat, cheap, named, rematerialized
 from qlora_jax.models.t5_config import T5Config
 
 NAMES = {
@@ -159,7 +159,8 @@ class Block(nnx.Module):
 
     def feed(self, x: jax.Array) -> jax.Array:
         """x [B, T, D] and what the feed-forward adds to it."""
-        wide = cheap(lambda x: self.feed_forward.widen(self.feed_forward_norm(x)))(x)
+        widen = cheap(lambda x: self.feed_forward.widen(self.feed_forward_norm(x)))
+        wide = named("wide", widen(x))
         return x + cheap(self.feed_forward.narrow)(*wide)
 
 
@@ -216,7 +217,7 @@ class Stack(nnx.Module):
         encoded: jax.Array | None = None,
         encoded_mask: jax.Array | None = None,
         cache: EncoderDecoderCache | None = None,
-        remat: bool = False,
+        remat: Remat = "none",
     ) -> tuple[jax.Array, EncoderDecoderCache | None]:
         """x [B, T, D] through all blocks and the last norm, and the extended cache.
 
@@ -226,24 +227,27 @@ class Stack(nnx.Module):
 
         def block_step(carry: Any, xs: Any) -> tuple[Any, None]:
             x, keys, values = carry
+            x = named("layer_input", x)
             state, number, cross = xs
             block = nnx.merge(graphdef, state)
             q, k, v = cheap(block.project)(x)
+            q, k, v = named("query", q), named("key", k), named("value", v)
             if cache is not None:
                 place = (number, 0, cache.index, 0, 0)
                 keys = jax.lax.dynamic_update_slice(keys, k[None].astype(keys.dtype), place)
                 values = jax.lax.dynamic_update_slice(values, v[None].astype(keys.dtype), place)
                 k, v = keys[number].astype(q.dtype), values[number].astype(q.dtype)
-            x = x + block.self_attention.attend(q, k, v, bias, mask)
+            x = named("attended", x + block.self_attention.attend(q, k, v, bias, mask))
             if encoded is not None:
-                cross = cheap(block.cross_attention.keys_values)(encoded)
+                k, v = cheap(block.cross_attention.keys_values)(encoded)
+                cross = named("key", k), named("value", v)
             if cross is not None:
-                q = cheap(block.cross_queries)(x)
+                q = named("query", cheap(block.cross_queries)(x))
                 k, v = (y.astype(q.dtype) for y in cross)
-                x = x + block.cross_attention.attend(q, k, v, None, encoded_mask)
+                x = named("attended", x + block.cross_attention.attend(q, k, v, None, encoded_mask))
             return (block.feed(x), keys, values), None
 
-        step = jax.checkpoint(block_step, prevent_cse=False) if remat else block_step
+        step = rematerialized(block_step, remat)
         # As in `Decoder`, the buffers that are written to travel in the carry.
         own, cross = (None, None), None
         if cache is not None:
@@ -289,7 +293,7 @@ class T5(nnx.Module):
         *,
         attention_mask: jax.Array | None = None,
         segment_ids: jax.Array | None = None,
-        remat: bool = False,
+        remat: Remat = "none",
     ) -> jax.Array:
         """input_ids [B, E] -> [B, E, D].
 
@@ -310,7 +314,7 @@ class T5(nnx.Module):
         decoder_attention_mask: jax.Array | None = None,
         segment_ids: jax.Array | None = None,
         decoder_segment_ids: jax.Array | None = None,
-        remat: bool = False,
+        remat: Remat = "none",
     ) -> jax.Array:
         """decoder_input_ids [B, T] after encoded [B, E, D] -> [B, T, D], for `head`.
 

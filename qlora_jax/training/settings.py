@@ -7,6 +7,7 @@ from typing import get_args
 import optax
 
 from qlora_jax.errors import QloraError
+from qlora_jax.models.remat import RematPolicy, check_remat
 from qlora_jax.training.lora_plus import lora_plus
 from qlora_jax.training.schedules import ScheduleName, schedule
 
@@ -49,8 +50,10 @@ class TrainSettings:
     sequence_length: int | None = None
     """Tokens every example is padded to; None: the longest one's, rounded up to a multiple of 32 as
     far as the limit they were tokenized with allows."""
-    remat: bool = False
-    """Keep only each layer's input for the backward pass: less memory, a third more time."""
+    remat: RematPolicy = "none"
+    """What the backward pass keeps of each layer, the rest being computed again: all it needs, only
+    what comes out of products (dots), of those only the narrow ones (names), only its input (full:
+    least memory, a third more time), or the narrow ones in the host's memory (offload)."""
     seed: int = 0
     """Of the adapters' initial values, the order of examples, and dropout."""
     eval_every: int | None = None
@@ -84,6 +87,7 @@ class TrainSettings:
                 "warmup must be a whole number of steps, or a share of them from 0.0 to 1.0, "
                 f"got {self.warmup}"
             )
+        check_remat(self.remat)
         if self.schedule not in get_args(ScheduleName):
             raise QloraError(f"schedule must be constant, linear or cosine, got {self.schedule!r}")
 

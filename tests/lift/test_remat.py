@@ -20,6 +20,12 @@ POLICIES = {
     "nothing": None,
     "names": ONLY_HIDDEN,
     "everything": jax.checkpoint_policies.everything_saveable,
+    "offload": jax.checkpoint_policies.save_and_offload_only_these_names(
+        names_which_can_be_saved=[],
+        names_which_can_be_offloaded=["hidden"],
+        offload_src="device",
+        offload_dst="pinned_host",
+    ),
     "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
 }
 

@@ -96,19 +96,6 @@ def test_padding_and_the_cache_change_nothing(family):
         models.apply(full, params, jnp.zeros((2, 9), jnp.int32), cache=cache)
 
 
-def test_remat_changes_nothing():
-    full = config("llama")
-    params = models.init_params(full, jax.random.key(0))
-    ids = jax.random.randint(jax.random.key(1), (2, 12), 0, 50)
-
-    def total(params, remat):
-        return jnp.sum(models.apply(full, params, ids, remat=remat)[0] ** 2)
-
-    gradient = jax.jit(jax.grad(total), static_argnums=1)
-    one, two = (gradient(params, remat) for remat in (False, True))
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4), one, two)
-
-
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
