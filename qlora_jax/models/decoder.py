@@ -187,7 +187,8 @@ class Decoder(nnx.Module):
         scales = self.query_scales()
         scales = None if scales is None else jnp.asarray(scales, jnp.float32)
         xs = (stacked, numbers, windows, kinds, scales)
-        (x, keys, values), _ = jax.lax.scan(rematerialized(layer_step, remat), carry, xs)
+        step: Any = rematerialized(layer_step, remat)
+        (x, keys, values), _ = jax.lax.scan(step, carry, xs)
         if cache is not None and valid is not None:
             cache = Cache(
                 k=keys,
