@@ -67,7 +67,7 @@ def test_from_training_to_a_merged_checkpoint(folder, rows, tmp_path, capsys, mo
     settings.write_text(
         f"model: {small}\ndata: {rows}\nmax_length: 64\neval_count: 2\n"
         "lora: {rank: 4, targets: [q_proj, v_proj], rank_pattern: {v_proj: 2}}\n"
-        "training: {steps: 5, batch_size: 2, remat: full}\n"
+        "training: {steps: 5, batch_size: 2, remat: full, packing: true}\n"
     )
     run("train", "--config", settings, "--output", adapter, "--training.steps", 3)
     assert "step 3/3" in capsys.readouterr().out

@@ -11,7 +11,10 @@ import pytest
 
 ALLOWED = "import jax, flax.nnx, optax, numpy"
 PROBE = "import json, sys; print(json.dumps(sorted({m.partition('.')[0] for m in sys.modules})))"
-OPTIONAL = ("torch", "transformers", "tokenizers", "datasets", "gguf", "matplotlib", "tyro", "rich")
+OPTIONAL = (
+    "torch", "transformers", "tokenizers", "datasets", "gguf", "grain", "matplotlib", "tyro",
+    "rich",
+)  # fmt: skip
 
 
 def modules_after(statement: str) -> set[str]:

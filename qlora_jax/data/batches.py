@@ -1,39 +1,78 @@
-"""Padded batches in a shuffled order that is a pure function of (seed, step)."""
+"""Padded or packed batches, in a shuffled order that is a pure function of (seed, step)."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from functools import lru_cache
-from typing import TypedDict
+import itertools
+from collections.abc import Iterator
 
 import numpy as np
 
+from qlora_jax.data.collate import Batch, collate
+from qlora_jax.data.lengths import check_shapes, choose_buckets, row_length
+from qlora_jax.data.rows import Rows
 from qlora_jax.data.tokenize import IGNORE, TokenizedDataset, TokenizedExample
 from qlora_jax.errors import QloraError
 
 
-class Batch(TypedDict):
-    """int32 arrays [B, T]; labels are not shifted, attention_mask is 1 on tokens, 0 on padding."""
+class BatchSource:
+    """The batch of any step of a run without end: a pure function of (data, arguments, step).
 
-    input_ids: np.ndarray
-    labels: np.ndarray
-    attention_mask: np.ndarray
+    dataset          one, or several mixed by weight: see `mix`
+    batch_size       rows of a batch; a batch may straddle two epochs
+    sequence_length  tokens of a row: T, or with `buckets` the largest T; None: the longest
+                     example's length, rounded up
+    packing          several examples to a row, as many as fit, which do not see each other
+    group_by_length  examples of like length in a batch
+    buckets          how many lengths of rows there are at most, each a program of its own: a batch
+                     gets the shortest that holds it
 
+    Raises QloraError for an empty dataset, an example longer than `sequence_length`, and arguments
+    out of range.
+    """
 
-def collate(examples: Sequence[TokenizedExample], length: int, pad_id: int) -> Batch:
-    """Right-pads examples to [B, length]. Raises QloraError if one is longer."""
-    shape = (len(examples), length)
-    input_ids = np.full(shape, pad_id, np.int32)
-    labels = np.full(shape, IGNORE, np.int32)
-    attention_mask = np.zeros(shape, np.int32)
-    for row, example in enumerate(examples):
-        size = len(example)
-        if size > length:
-            raise QloraError(f"an example of {size} tokens does not fit sequence length {length}")
-        input_ids[row, :size] = example.input_ids
-        labels[row, :size] = example.labels
-        attention_mask[row, :size] = 1
-    return Batch(input_ids=input_ids, labels=labels, attention_mask=attention_mask)
+    def __init__(
+        self,
+        dataset: TokenizedDataset,
+        batch_size: int,
+        *,
+        seed: int,
+        sequence_length: int | None = None,
+        packing: bool = False,
+        group_by_length: bool = False,
+        buckets: int = 1,
+    ) -> None:
+        if batch_size < 1:
+            raise QloraError(f"batch_size must be at least 1, got {batch_size}")
+        check_shapes(packing, group_by_length, buckets)
+        self._dataset, self._size, self._packing = dataset, batch_size, packing
+        longest = row_length(dataset, sequence_length)
+        self._lengths = np.array([len(example) for example in dataset])
+        self.rows = Rows(
+            dataset.parts or ((len(dataset), 1.0),),
+            self._lengths,
+            seed=seed,
+            pack_to=longest if packing else None,
+            group=batch_size if group_by_length else None,
+        )
+        self.buckets: tuple[int, ...] = (longest,)
+        if buckets > 1:
+            first_epoch = range(-(-len(dataset) // batch_size))
+            needs = [self._longest(self._rows(step)) for step in first_epoch]
+            self.buckets = choose_buckets(needs, longest, buckets)
+
+    def __getitem__(self, step: int) -> Batch:
+        """The batch of `step`, counted from 0."""
+        rows = self._rows(step)
+        examples = [[self._dataset[index] for index in row] for row in rows]
+        longest = self._longest(rows)
+        length = next(bucket for bucket in self.buckets if longest <= bucket)
+        return collate(examples, length, self._dataset.pad_id, packed=self._packing)
+
+    def _rows(self, step: int) -> list[list[int]]:
+        return [self.rows[place] for place in range(step * self._size, (step + 1) * self._size)]
+
+    def _longest(self, rows: list[list[int]]) -> int:
+        return max(int(self._lengths[row].sum()) for row in rows)
 
 
 def batches(
@@ -41,31 +80,22 @@ def batches(
     batch_size: int,
     *,
     seed: int,
-    sequence_length: int,
+    sequence_length: int | None = None,
+    packing: bool = False,
     start_step: int = 0,
 ) -> Iterator[Batch]:
-    """Batches without end, from step `start_step` on.
+    """Batches without end, from step `start_step` on; the other arguments as for `BatchSource`.
 
-    Every epoch has its own order and sees each example exactly once; a batch may straddle two
-    epochs. Step n gives the same batch wherever the iteration started, so resuming needs nothing
-    but the step. Raises QloraError, at the first batch, for an empty dataset or a bad argument.
+    Every epoch has its own order and sees each example exactly once. Step n gives the same batch
+    wherever the iteration started, so resuming needs nothing but the step.
     """
-    if batch_size < 1 or start_step < 0:
-        raise QloraError(f"need batch_size >= 1, start_step >= 0; got {batch_size}, {start_step}")
-    count = len(dataset)
-    if not count:
-        raise QloraError("the dataset has no examples")
-
-    @lru_cache(maxsize=2)  # a batch straddles two epochs at a time; more only if it is larger
-    def order(epoch: int) -> np.ndarray:
-        return np.random.default_rng([seed, epoch]).permutation(count)
-
-    step = start_step
-    while True:
-        places = range(step * batch_size, (step + 1) * batch_size)
-        chosen = [dataset[int(order(place // count)[place % count])] for place in places]
-        yield collate(chosen, sequence_length, dataset.pad_id)
-        step += 1
+    if start_step < 0:
+        raise QloraError(f"start_step must not be negative, got {start_step}")
+    source = BatchSource(
+        dataset, batch_size, seed=seed, sequence_length=sequence_length, packing=packing
+    )
+    for step in itertools.count(start_step):
+        yield source[step]
 
 
 def evaluation_batches(
@@ -80,4 +110,5 @@ def evaluation_batches(
     for start in range(0, len(dataset), batch_size):
         chosen = list(dataset[start : start + batch_size])
         chosen += [filler] * (batch_size - len(chosen))
-        yield collate(chosen, sequence_length, dataset.pad_id)
+        rows = [[example] for example in chosen]
+        yield collate(rows, sequence_length, dataset.pad_id, packed=False)

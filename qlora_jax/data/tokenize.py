@@ -36,7 +36,8 @@ class TokenizedDataset(Sequence[TokenizedExample]):
     """Tokenized examples, and what max_length did to them.
 
     cut: examples shortened on the right. dropped: examples left out because nothing of the answer
-    remained. max_length: the limit itself, None if there was none.
+    remained. max_length: the limit itself, None if there was none. parts: of a mixture, the number
+    of examples and the weight of each dataset in it; else empty.
     """
 
     examples: tuple[TokenizedExample, ...]
@@ -44,6 +45,7 @@ class TokenizedDataset(Sequence[TokenizedExample]):
     cut: int = 0
     dropped: int = 0
     max_length: int | None = None
+    parts: tuple[tuple[int, float], ...] = ()
 
     def __len__(self) -> int:
         return len(self.examples)

@@ -3,10 +3,10 @@
 from qlora_jax import lora
 from qlora_jax.checkpoints.model import Model
 from qlora_jax.data import TokenizedDataset, evaluation_batches
+from qlora_jax.data.lengths import row_length
 from qlora_jax.training.interrupts import Interrupts
 from qlora_jax.training.settings import TrainSettings
 from qlora_jax.training.step import make_eval_step
-from qlora_jax.training.stream import sequence_length
 
 
 class HeldOut:
@@ -15,7 +15,7 @@ class HeldOut:
     def __init__(self, model: Model, dataset: TokenizedDataset, settings: TrainSettings) -> None:
         self._params, self._dataset = model.params, dataset
         self._batch_size = settings.batch_size
-        self._length = sequence_length(dataset, settings.sequence_length)
+        self._length = row_length(dataset, settings.sequence_length)
         self._step = make_eval_step(model.loss)
 
     def evaluate(self, adapters: lora.Adapters, interrupts: Interrupts) -> tuple[float, int] | None:

@@ -26,23 +26,23 @@ class StepLog:
     ) -> None:
         self._metrics, self._progress, self._rates = metrics, progress, rates
         self._every, self._steps = every, steps
-        self._pending: tuple[int, Metrics, int] | None = None
+        self._pending: tuple[int, Metrics, int, float] | None = None
         self.restart_clock()
 
     def restart_clock(self) -> None:
         """What passed until now was no step."""
         self._clock = time.perf_counter()
 
-    def dispatched(self, number: int, measured: Metrics, real_tokens: int) -> None:
+    def dispatched(self, number: int, measured: Metrics, real_tokens: int, waited: float) -> None:
         """Step `number` is on its way: waits for the one before it."""
         self.catch_up()
-        self._pending = number, measured, real_tokens
+        self._pending = number, measured, real_tokens, waited
 
     def catch_up(self, write: bool = False) -> None:
         """Waits for the step that is on its way. write: log it even if it is not its turn."""
         if self._pending is None:
             return
-        (number, measured, real_tokens), self._pending = self._pending, None
+        (number, measured, real_tokens, waited), self._pending = self._pending, None
         values = {key: float(value) for key, value in measured.items()}
         if not math.isfinite(values["loss"] + values["grad_norm"]):
             raise QloraError(
@@ -59,6 +59,7 @@ class StepLog:
             "tokens_per_second": real_tokens / seconds,
             "memory_bytes": peak_memory(),
             "seconds": seconds,
+            "input_seconds": waited,
         }
         if write or due(number, self._every):
             self._metrics.add(**entry)

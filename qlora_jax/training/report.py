@@ -32,7 +32,8 @@ class MetricsFile:
 
 
 class Progress:
-    """A bar with step, loss, tokens per second, memory and time left.
+    """A bar with step, loss, tokens per second, memory, the share of time that input took, and the
+    time left.
 
     Where stdout is no terminal, a line at every tenth of the run instead.
     """
@@ -45,6 +46,7 @@ class Progress:
         except ModuleNotFoundError as error:
             raise missing("rich", "showing progress", "cli") from error
         self._steps, self._loss = steps, float("nan")
+        self._waited = self._seconds = 0.0
         self._console = Console()
         self._bar = Bar(
             TextColumn("step {task.completed:.0f}/{task.total:.0f}"),
@@ -71,9 +73,11 @@ class Progress:
         # Smoothed, since the loss of a single batch says little.
         loss = entry["loss"]
         self._loss = loss if number == 1 else 0.9 * self._loss + 0.1 * loss
+        self._waited += entry["input_seconds"]
+        self._seconds += entry["seconds"]
         text = (
             f"loss {self._loss:.3f}  {entry['tokens_per_second']:,.0f} tokens/s  "
-            f"{entry['memory_bytes'] / 1e9:.2f} GB"
+            f"{entry['memory_bytes'] / 1e9:.2f} GB  input {self._waited / self._seconds:.0%}"
         )
         self._bar.update(self._task, completed=number, description=text)
         tenth = max(self._steps // 10, 1)

@@ -6,6 +6,7 @@ from typing import get_args
 
 import optax
 
+from qlora_jax.data.lengths import check_shapes
 from qlora_jax.errors import QloraError
 from qlora_jax.models.remat import RematPolicy, check_remat
 from qlora_jax.training.lora_plus import lora_plus
@@ -28,7 +29,7 @@ class TrainSettings:
     epochs: float | None = None
     """Passes over the training examples, instead of steps; one if neither is given."""
     batch_size: int = 4
-    """Examples in a micro-batch."""
+    """Rows of a micro-batch: examples, or, with `packing`, as many examples as fit in each row."""
     accumulate: int = 1
     """Micro-batches in a step: the gradient is that of all of them."""
     learning_rate: float = 2e-4
@@ -48,8 +49,15 @@ class TrainSettings:
     max_grad_norm: float | None = 0.3
     """Gradients are clipped to this global norm."""
     sequence_length: int | None = None
-    """Tokens every example is padded to; None: the longest one's, rounded up to a multiple of 32 as
-    far as the limit they were tokenized with allows."""
+    """Tokens of a row, to which examples are padded or packed; None: the longest example's, rounded
+    up to a multiple of 32 as far as the limit they were tokenized with allows."""
+    packing: bool = False
+    """Put as many examples into a row as fit; they do not see each other."""
+    group_by_length: bool = False
+    """Put examples of like length into a batch, so that less of it is padding."""
+    buckets: int | None = None
+    """How many lengths of rows there are, 1 to 3: a batch is padded to the shortest that holds it,
+    and each is compiled once. None: 3 with group_by_length, else 1."""
     remat: RematPolicy = "none"
     """What the backward pass keeps of each layer, the rest being computed again: all it needs, only
     what comes out of products (dots), of those only the narrow ones (names), only its input (full:
@@ -88,15 +96,21 @@ class TrainSettings:
                 f"got {self.warmup}"
             )
         check_remat(self.remat)
+        check_shapes(self.packing, self.group_by_length, self.most_buckets)
         if self.schedule not in get_args(ScheduleName):
             raise QloraError(f"schedule must be constant, linear or cosine, got {self.schedule!r}")
 
-    def steps_for(self, examples: int) -> int:
-        """How many steps the run over that many examples takes."""
+    @property
+    def most_buckets(self) -> int:
+        """`buckets`, its default resolved."""
+        return (3 if self.group_by_length else 1) if self.buckets is None else self.buckets
+
+    def steps_for(self, rows: float) -> int:
+        """How many steps the run takes, if an epoch has so many rows."""
         if self.steps is not None:
             return self.steps
         epochs = 1.0 if self.epochs is None else self.epochs
-        return max(1, round(epochs * examples / (self.batch_size * self.accumulate)))
+        return max(1, round(epochs * rows / (self.batch_size * self.accumulate)))
 
     def learning_rates(self, steps: int) -> optax.Schedule:
         """Step -> learning rate, over a run of `steps`."""

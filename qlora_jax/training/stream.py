@@ -1,62 +1,92 @@
-"""The batches of a run, step by step."""
+"""The batches of a run, step by step, made ahead of the steps that take them."""
 
+import time
 from collections.abc import Iterator
+from typing import Any
 
-import jax
+import numpy as np
 
-from qlora_jax.data import Batch, TokenizedDataset, batches
-from qlora_jax.errors import QloraError
+from qlora_jax.data import Batch, BatchSource, TokenizedDataset
+from qlora_jax.errors import QloraError, missing
 from qlora_jax.training.settings import TrainSettings
+
+AHEAD = 8
+"""Batches that are ready before they are asked for."""
 
 
 class StepBatches:
     """What each step of a run trains on: a pure function of the data, the settings and the step.
 
-    steps: how many the run takes.
+    process_index and process_count: of several processes each gets its part of the rows of every
+    micro-batch, process 0 the first. steps: how many the run takes. waited: seconds that the step's
+    batch was waited for, which is all the time that input costs. Raises QloraError as
+    `BatchSource`, and for a batch that so many processes cannot share.
     """
 
-    def __init__(self, train: TokenizedDataset, settings: TrainSettings) -> None:
-        self._train, self._settings = train, settings
-        self._length = sequence_length(train, settings.sequence_length)
-        self.steps = settings.steps_for(len(train))
+    def __init__(
+        self,
+        train: TokenizedDataset,
+        settings: TrainSettings,
+        *,
+        process_index: int = 0,
+        process_count: int = 1,
+    ) -> None:
+        try:
+            import grain
+        except ModuleNotFoundError as error:
+            raise missing("grain", "making batches ahead", "cli") from error
+        self._grain = grain
+        if settings.batch_size % process_count:
+            raise QloraError(
+                f"batch_size {settings.batch_size} cannot be shared by {process_count} processes"
+            )
+        self._micro = (settings.accumulate, settings.batch_size)
+        mine = settings.batch_size // process_count
+        self._mine = slice(process_index * mine, (process_index + 1) * mine)
+        self._source = BatchSource(
+            train,
+            settings.batch_size * settings.accumulate,
+            seed=settings.seed,
+            sequence_length=settings.sequence_length,
+            packing=settings.packing,
+            group_by_length=settings.group_by_length,
+            buckets=settings.most_buckets,
+        )
+        epochs = 1.0 if settings.epochs is None else settings.epochs
+        self.steps = settings.steps or settings.steps_for(self._source.rows.count(epochs) / epochs)
+        self.waited = 0.0
+
+    @property
+    def buckets(self) -> tuple[int, ...]:
+        """The lengths T of rows: as many programs are compiled."""
+        return self._source.buckets
+
+    def __len__(self) -> int:
+        return self.steps
+
+    def __getitem__(self, step: int) -> Batch:
+        """Leaves [B, T] or, accumulating, [accumulate, B, T]."""
+        batch: Any = {}
+        for name, array in self._source[step].items():
+            array = np.asarray(array).reshape(*self._micro, -1)[:, self._mine]
+            batch[name] = array[0] if self._micro[0] == 1 else array
+        return batch
 
     def start(self, step: int = 0) -> Iterator[Batch]:
         """Batches from `step` on, counted from 0, to the end of the run.
 
-        Leaves are [B, T] or, accumulating, [accumulate, B, T]. Step n gives the same batch wherever
-        the iteration started, so that resuming needs nothing but the step.
+        Step n gives the same batch wherever the iteration started, so that resuming needs nothing
+        but the step. They are made by a thread beside this one.
         """
-        settings = self._settings
-        stream = batches(
-            self._train,
-            settings.batch_size * settings.accumulate,
-            seed=settings.seed,
-            sequence_length=self._length,
-            start_step=step,
-        )
-        for _, batch in zip(range(step, self.steps), stream, strict=False):
-            if settings.accumulate == 1:
-                yield batch
-            else:
-                shape = (settings.accumulate, settings.batch_size, -1)
-                yield jax.tree.map(lambda x, shape=shape: x.reshape(shape), batch)
-
-
-def sequence_length(dataset: TokenizedDataset, wanted: int | None = None) -> int:
-    """T of every batch: `wanted`, or the longest example's length rounded up to whole lanes.
-
-    It is not rounded beyond the dataset's max_length. Raises QloraError for an empty dataset, and
-    if an example is longer than `wanted`.
-    """
-    if not len(dataset):
-        raise QloraError("the dataset has no examples")
-    longest = max(map(len, dataset))
-    if wanted is None:
-        rounded = -(-longest // 32) * 32
-        return rounded if dataset.max_length is None else min(rounded, dataset.max_length)
-    if longest > wanted:
-        raise QloraError(
-            f"sequence_length is {wanted}, but there is an example of {longest} tokens; "
-            f"tokenize with max_length={wanted}"
-        )
-    return wanted
+        if step >= self.steps:
+            return
+        # One thread: the source keeps the order of the epoch that it is in.
+        options = self._grain.ReadOptions(num_threads=1, prefetch_buffer_size=AHEAD)
+        batches = iter(self._grain.MapDataset.source(self)[step:].to_iter_dataset(options))
+        while True:
+            began = time.perf_counter()
+            batch = next(batches, None)
+            self.waited = time.perf_counter() - began
+            if batch is None:
+                return
+            yield batch

@@ -68,8 +68,8 @@ def fit(
     Beside the adapter, `output` gets loss.png and metrics.jsonl, with two kinds of lines. Of a
     step: step (from 1), loss (nats per labelled token, before the update), grad_norm (before
     clipping), learning_rate (not with an optimizer of one's own), tokens (labelled),
-    tokens_per_second (all but padding), memory_bytes (peak), seconds (of this step). Of an
-    evaluation: step, eval_loss, eval_tokens.
+    tokens_per_second (all but padding), memory_bytes (peak), seconds (of this step),
+    input_seconds (that its batch was waited for). Of an evaluation: step, eval_loss, eval_tokens.
 
     The first Ctrl-C ends the run after the step that is under way, and what was trained is saved; a
     second one raises KeyboardInterrupt. Raises QloraError if `output` has an adapter already, for
@@ -119,7 +119,7 @@ def fit(
         log = StepLog(metrics, progress, settings.log_every, steps, rates)
         for number, batch in enumerate(stream.start(), start=1):
             state, measured = step(state, model.params, batch)
-            log.dispatched(number, measured, int(batch["attention_mask"].sum()))
+            log.dispatched(number, measured, int(batch["attention_mask"].sum()), stream.waited)
             last = number == steps
             evaluating = held_out is not None and (last or due(number, settings.eval_every))
             saving = not last and due(number, settings.save_every)

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import math
+import re
 import signal
 
 import jax
@@ -38,6 +39,7 @@ def test_a_run_leaves_adapter_metrics_and_plot(tmp_path):
     assert lines == result.history
     assert [e["step"] for e in lines if "loss" in e] == [1, 2, 3, 4, 5, 6]
     assert [e["step"] for e in lines if "eval_loss" in e] == [2, 4, 6]
+    assert all(e["input_seconds"] >= 0 for e in lines if "loss" in e)
     rates = [e["learning_rate"] for e in lines if "loss" in e]
     np.testing.assert_allclose(rates, np.array([1, 2, 3, 3, 3, 3]) * 1e-2 / 3, rtol=1e-5)
     assert lines[-1]["eval_loss"] < lines[2]["eval_loss"]
@@ -48,6 +50,15 @@ def test_a_run_leaves_adapter_metrics_and_plot(tmp_path):
     final, _ = qj.peft.load(tmp_path / "out", models.model())
     assert jax.tree.all(jax.tree.map(lambda a, b: bool((a == b).all()), final, result.adapters))
     assert not result.interrupted
+
+
+def test_a_packed_run_takes_fewer_steps(tmp_path):
+    """12 examples of 6 to 19 tokens: packed, they are three rows."""
+    settings = {"steps": None, "batch_size": 1, "sequence_length": 64, "packing": True}
+    run = fit(tmp_path / "out", settings=settings)
+    assert run.steps == 3
+    whole = sum(e["tokens"] for e in run.history)
+    assert whole == models.dataset().answer_tokens  # one epoch, each label once
 
 
 def test_the_same_seed_is_the_same_run(tmp_path):
@@ -128,6 +139,7 @@ def test_progress_is_shown(tmp_path, capsys):
     fit(tmp_path / "out", display=True, evaluation=HELD_OUT)
     text = capsys.readouterr().out
     assert "step 6/6" in text and "tokens/s" in text and "held-out loss" in text
+    assert re.search(r"GB  input \d+%", text)
 
 
 def test_going_on_from_an_adapter(tmp_path):
@@ -147,6 +159,8 @@ def test_going_on_from_an_adapter(tmp_path):
         ({"warmup": 2.0}, "warmup must be a whole number"),
         ({"max_grad_norm": -1.0}, "max_grad_norm must be positive"),
         ({"schedule": "step"}, "schedule must be"),
+        ({"buckets": 4}, "buckets must be 1 to 3"),
+        ({"packing": True, "group_by_length": True}, "packed rows are all full"),
     ],
 )
 def test_settings_that_make_no_sense(settings, message):
