@@ -56,7 +56,7 @@ def choose_buckets(longest_of_batches: Sequence[int], length: int, count: int) -
     before = np.concatenate([[0], np.cumsum(batches)])
     # best[j]: the least sum for batches up to ends[j], with ends[j] a bucket; how: the buckets.
     best = [int(end * before[j + 1]) for j, end in enumerate(ends)]
-    how = [(int(end),) for end in ends]
+    how: list[tuple[int, ...]] = [(int(end),) for end in ends]
     for _ in range(count - 1):
         for j in reversed(range(len(ends))):  # best[i] for i < j still is that of one bucket less
             for i in range(j):

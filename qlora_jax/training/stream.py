@@ -64,10 +64,10 @@ class StepBatches:
     def __len__(self) -> int:
         return self.steps
 
-    def __getitem__(self, step: int) -> Batch:
-        """Leaves [B, T] or, accumulating, [accumulate, B, T]."""
+    def __getitem__(self, index: int) -> Batch:
+        """The batch of step `index`: leaves [B, T] or, accumulating, [accumulate, B, T]."""
         batch: Any = {}
-        for name, array in self._source[step].items():
+        for name, array in self._source[index].items():
             array = np.asarray(array).reshape(*self._micro, -1)[:, self._mine]
             batch[name] = array[0] if self._micro[0] == 1 else array
         return batch
