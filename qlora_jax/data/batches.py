@@ -7,10 +7,10 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from qlora_jax.data.collate import Batch, collate
+from qlora_jax.data.collate import Batch
 from qlora_jax.data.lengths import check_shapes, choose_buckets, row_length
 from qlora_jax.data.rows import Rows
-from qlora_jax.data.tokenize import IGNORE, TokenizedDataset, TokenizedExample
+from qlora_jax.data.tokenize import TokenizedDataset
 from qlora_jax.errors import QloraError
 
 
@@ -66,7 +66,7 @@ class BatchSource:
         examples = [[self._dataset[index] for index in row] for row in rows]
         longest = self._longest(rows)
         length = next(bucket for bucket in self.buckets if longest <= bucket)
-        return collate(examples, length, self._dataset.pad_id, packed=self._packing)
+        return self._dataset.collate(examples, length, packed=self._packing)
 
     def _rows(self, step: int) -> list[list[int]]:
         return [self.rows[place] for place in range(step * self._size, (step + 1) * self._size)]
@@ -103,12 +103,11 @@ def evaluation_batches(
 ) -> Iterator[Batch]:
     """Each example once, in order, all batches of one shape.
 
-    The last batch is filled with rows that have no labels; their first position stays attended, so
-    that no row of the attention is empty.
+    The last batch is filled with rows that have no labels, or is smaller where none can be without.
     """
-    filler = TokenizedExample(np.full(1, dataset.pad_id, np.int32), np.full(1, IGNORE, np.int32))
+    filler = dataset.filler
     for start in range(0, len(dataset), batch_size):
         chosen = list(dataset[start : start + batch_size])
-        chosen += [filler] * (batch_size - len(chosen))
-        rows = [[example] for example in chosen]
-        yield collate(rows, sequence_length, dataset.pad_id, packed=False)
+        if filler is not None:
+            chosen += [filler] * (batch_size - len(chosen))
+        yield dataset.collate([[example] for example in chosen], sequence_length)

@@ -1,24 +1,42 @@
 """Examples to arrays."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import NotRequired, TypedDict
 
 import numpy as np
 
-from qlora_jax.data.tokenize import IGNORE, TokenizedExample
 from qlora_jax.errors import QloraError
+from qlora_jax.models.loss import IGNORE
+
+
+@dataclass(frozen=True, eq=False)
+class TokenizedExample:
+    """input_ids [T] and labels [T], int32. labels[t] is input_ids[t] or IGNORE: not shifted.
+
+    Of pairs labels are [T] of the decoder, of texts to be classified [] or [C]: see the datasets.
+    """
+
+    input_ids: np.ndarray
+    labels: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.input_ids)
 
 
 class Batch(TypedDict):
     """int32 arrays [B, T]; labels are not shifted, attention_mask is 1 on tokens, 0 on padding.
 
     segment_ids, where rows are packed: documents counted from 1 in each row, 0 on padding.
+    token_type_ids, of texts to be classified: which text of a pair a token is in, 0 or 1. Other
+    shapes of labels: see `Seq2SeqDataset` and `LabelledDataset`.
     """
 
     input_ids: np.ndarray
     labels: np.ndarray
     attention_mask: np.ndarray
     segment_ids: NotRequired[np.ndarray]
+    token_type_ids: NotRequired[np.ndarray]
 
 
 def collate(
@@ -54,3 +72,13 @@ def collate(
     if packed:
         batch["segment_ids"] = segments
     return batch
+
+
+def pad(rows: Sequence[np.ndarray], length: int, fill: int) -> np.ndarray:
+    """int32 [B, length]: each row padded on the right. Raises QloraError if one is longer."""
+    out = np.full((len(rows), length), fill, np.int32)
+    for row, values in zip(out, rows, strict=True):
+        if len(values) > length:
+            raise QloraError(f"{len(values)} tokens do not fit a length of {length}")
+        row[: len(values)] = values
+    return out

@@ -36,7 +36,7 @@ def row_length(dataset: TokenizedDataset, wanted: int | None = None) -> int:
         raise QloraError("the dataset has no examples")
     longest = max(map(len, dataset))
     if wanted is None:
-        return _rounded(longest, dataset.max_length)
+        return rounded(longest, dataset.max_length)
     if longest > wanted:
         raise QloraError(
             f"sequence_length is {wanted}, but there is an example of {longest} tokens; "
@@ -87,6 +87,7 @@ def group_by_length(
     return np.concatenate([order[:skip], middle, order[end:]])
 
 
-def _rounded(longest: int, limit: int | None) -> int:
-    rounded = -(-longest // MULTIPLE) * MULTIPLE
-    return rounded if limit is None else min(rounded, limit)
+def rounded(longest: int, limit: int | None = None) -> int:
+    """The next multiple of `MULTIPLE`, or `limit` if that is less."""
+    up = -(-longest // MULTIPLE) * MULTIPLE
+    return up if limit is None else min(up, limit)

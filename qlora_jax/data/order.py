@@ -1,5 +1,6 @@
 """The order of examples in an epoch: a permutation, or draws from several datasets by weight."""
 
+import dataclasses
 from collections.abc import Sequence
 
 import numpy as np
@@ -62,14 +63,14 @@ def mix(datasets: Sequence[TokenizedDataset], weights: Sequence[float]) -> Token
             f"a mixture needs a weight for each dataset, got {len(datasets)} datasets and "
             f"{len(weights)} weights"
         )
-    if len({dataset.pad_id for dataset in datasets}) > 1:
-        raise QloraError("a mixture needs datasets tokenized with one tokenizer")
+    if len({(type(dataset), dataset.pad_id) for dataset in datasets}) > 1:
+        raise QloraError("a mixture needs datasets tokenized alike, with one tokenizer")
     parts = tuple((len(d), float(w)) for d, w in zip(datasets, weights, strict=True))
     shares(parts)
     limits = [dataset.max_length for dataset in datasets if dataset.max_length is not None]
-    return TokenizedDataset(
-        tuple(example for dataset in datasets for example in dataset),
-        datasets[0].pad_id,
+    return dataclasses.replace(
+        datasets[0],
+        examples=tuple(example for dataset in datasets for example in dataset),
         cut=sum(dataset.cut for dataset in datasets),
         dropped=sum(dataset.dropped for dataset in datasets),
         max_length=max(limits) if len(limits) == len(datasets) else None,

@@ -13,22 +13,12 @@ from typing import Any, Literal, overload
 
 import numpy as np
 
+from qlora_jax.data.collate import Batch, TokenizedExample, collate
 from qlora_jax.data.examples import Example, Message
 from qlora_jax.errors import QloraError, missing
 from qlora_jax.models.loss import IGNORE
 
 Template = Literal["auto", "chat", "plain"]
-
-
-@dataclass(frozen=True, eq=False)
-class TokenizedExample:
-    """input_ids [T] and labels [T], int32. labels[t] is input_ids[t] or IGNORE: not shifted."""
-
-    input_ids: np.ndarray
-    labels: np.ndarray
-
-    def __len__(self) -> int:
-        return len(self.input_ids)
 
 
 @dataclass(frozen=True)
@@ -60,6 +50,20 @@ class TokenizedDataset(Sequence[TokenizedExample]):
     def __iter__(self) -> Iterator[TokenizedExample]:
         return iter(self.examples)
 
+    def collate(
+        self, rows: Sequence[Sequence[TokenizedExample]], length: int, *, packed: bool = False
+    ) -> Batch:
+        """Arrays [B, length] of the examples in each row: see `collate`."""
+        return collate(rows, length, self.pad_id, packed=packed)
+
+    @property
+    def filler(self) -> TokenizedExample | None:
+        """An example without a label, to fill a batch with, if there can be one.
+
+        Its one position is attended, so that no row of the attention is empty.
+        """
+        return TokenizedExample(np.full(1, self.pad_id, np.int32), np.full(1, IGNORE, np.int32))
+
     @property
     def answer_tokens(self) -> int:
         """How many positions count in the loss."""
@@ -67,7 +71,7 @@ class TokenizedDataset(Sequence[TokenizedExample]):
 
     def __repr__(self) -> str:
         return (
-            f"TokenizedDataset({len(self)} examples, {sum(map(len, self.examples))} tokens, "
+            f"{type(self).__name__}({len(self)} examples, {sum(map(len, self.examples))} tokens, "
             f"{self.answer_tokens} in answers, {self.cut} cut, {self.dropped} dropped)"
         )
 

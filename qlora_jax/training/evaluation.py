@@ -1,7 +1,7 @@
 """The loss on held-out examples, now and then in a run."""
 
 from qlora_jax import lora
-from qlora_jax.checkpoints.model import Model
+from qlora_jax.checkpoints.any_model import AnyModel
 from qlora_jax.data import TokenizedDataset, evaluation_batches
 from qlora_jax.data.lengths import row_length
 from qlora_jax.training.interrupts import Interrupts
@@ -12,7 +12,7 @@ from qlora_jax.training.step import make_eval_step
 class HeldOut:
     """The evaluation set, and the compiled function that is run on it."""
 
-    def __init__(self, model: Model, dataset: TokenizedDataset, settings: TrainSettings) -> None:
+    def __init__(self, model: AnyModel, dataset: TokenizedDataset, settings: TrainSettings) -> None:
         self._params, self._dataset = model.params, dataset
         self._batch_size = settings.batch_size
         self._length = row_length(dataset, settings.sequence_length)

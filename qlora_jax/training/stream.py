@@ -68,7 +68,8 @@ class StepBatches:
         """The batch of step `index`: leaves [B, T] or, accumulating, [accumulate, B, T]."""
         batch: Any = {}
         for name, array in self._source[index].items():
-            array = np.asarray(array).reshape(*self._micro, -1)[:, self._mine]
+            array = np.asarray(array)
+            array = array.reshape(*self._micro, *array.shape[1:])[:, self._mine]
             batch[name] = array[0] if self._micro[0] == 1 else array
         return batch
 

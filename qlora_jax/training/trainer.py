@@ -11,7 +11,7 @@ import optax
 
 from qlora_jax import lora
 from qlora_jax.checkpoints import peft
-from qlora_jax.checkpoints.model import Model
+from qlora_jax.checkpoints.any_model import AnyModel
 from qlora_jax.data import TokenizedDataset
 from qlora_jax.errors import QloraError, missing
 from qlora_jax.training.checks import check_examples
@@ -49,7 +49,7 @@ class FitResult:
 
 
 def fit(
-    model: Model,
+    model: AnyModel,
     config: lora.LoraConfig | lora.VeraConfig,
     train: TokenizedDataset,
     settings: TrainSettings,
@@ -61,6 +61,9 @@ def fit(
     display: bool = True,
 ) -> FitResult:
     """Trains adapters of `model` on `train` and saves them in `output`, in PEFT's format.
+
+    train: of `tokenize` for a decoder, `tokenize_seq2seq` for an encoder-decoder,
+    `tokenize_labelled` for an encoder that classifies.
 
     adapters: to go on from, by default new ones by `config`. optimizer: instead of AdamW on the
     settings' schedule. display: progress on the terminal.
@@ -76,11 +79,6 @@ def fit(
     examples longer than the settings' sequence length or the model's context, for ids outside its
     vocabulary, and if the loss or the gradient is not finite; then no adapter is saved.
     """
-    if not isinstance(model, Model):
-        raise QloraError(
-            f"{model!r}: fit trains decoders, on examples that a prompt and its answer make up "
-            "together; for this one write the loop with make_train_step(model.loss, ...)"
-        )
     output = Path(output)
     if (output / peft.WEIGHTS).exists():
         raise QloraError(f"{output}: has an adapter already; choose another folder, or delete it")
@@ -88,8 +86,9 @@ def fit(
     for package, purpose, extra in _NEEDED_AT_THE_END:
         if importlib.util.find_spec(package) is None:
             raise missing(package, purpose, extra)
-    for examples in (train, evaluation or ()):
-        check_examples(model, examples)
+    for examples in (train, evaluation):
+        if examples is not None:
+            check_examples(model, examples)
     stream = StepBatches(train, settings)
     steps = stream.steps
     rates = None if optimizer else rate_table(settings.learning_rates(steps), steps)

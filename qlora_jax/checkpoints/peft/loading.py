@@ -4,7 +4,7 @@ from pathlib import Path
 
 import numpy as np
 
-from qlora_jax.checkpoints.model import Model
+from qlora_jax.checkpoints.any_model import AnyModel
 from qlora_jax.checkpoints.names import parameters
 from qlora_jax.checkpoints.peft.description import (
     CONFIG,
@@ -25,7 +25,7 @@ from qlora_jax.lora import Adapters, LoraConfig, VeraConfig
 from qlora_jax.models import family_of
 
 
-def load(folder: str | Path, model: Model) -> tuple[Adapters, LoraConfig | VeraConfig]:
+def load(folder: str | Path, model: AnyModel) -> tuple[Adapters, LoraConfig | VeraConfig]:
     """(adapters, configuration) of PEFT's in `folder`, to be attached to `model.params`.
 
     Of LoRA and DoRA, where ranks that differ among the layers are padded with zeros, which stay

@@ -6,7 +6,7 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from qlora_jax.checkpoints.model import Model
+from qlora_jax.checkpoints.any_model import AnyModel
 from qlora_jax.checkpoints.names import Parameter
 from qlora_jax.checkpoints.peft.description import PROJECTION_A, PROJECTION_B
 from qlora_jax.checkpoints.peft.reading import Layers, Reading
@@ -19,7 +19,7 @@ from qlora_jax.lora.vera import PROJECTIONS, draw_projections
 class VeraReading(Reading):
     """Vectors of each module, and the matrices that all share."""
 
-    def __init__(self, about: Mapping[str, Any], model: Model) -> None:
+    def __init__(self, about: Mapping[str, Any], model: AnyModel) -> None:
         super().__init__(about, model)
         self._shared: dict[str, np.ndarray] = {}
         self._largest = (0, 0)

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from qlora_jax.checkpoints.model import Model
+from qlora_jax.checkpoints.any_model import AnyModel
 from qlora_jax.checkpoints.names import Parameter, parameters
 from qlora_jax.checkpoints.peft.description import MAGNITUDE, is_target, texts
 from qlora_jax.checkpoints.peft.target_names import is_inside
@@ -32,7 +32,7 @@ Layers = dict[int, dict[str, np.ndarray]]
 class Reading:
     """Tensors of a file collected into adapters, with everything that does not fit."""
 
-    def __init__(self, about: Mapping[str, Any], model: Model) -> None:
+    def __init__(self, about: Mapping[str, Any], model: AnyModel) -> None:
         self.about, self.model = about, model
         self.adapters: Adapters = {}
         self.faults: list[str] = []

@@ -10,8 +10,8 @@ from typing import Any
 import jax
 import numpy as np
 
+from qlora_jax.checkpoints.any_model import AnyModel
 from qlora_jax.checkpoints.folder import new_file
-from qlora_jax.checkpoints.model import Model
 from qlora_jax.checkpoints.names import Parameter, parameters
 from qlora_jax.checkpoints.peft.description import (
     CONFIG,
@@ -36,7 +36,7 @@ from qlora_jax.quant import path_str
 def save(
     folder: str | Path,
     adapters: Adapters,
-    model: Model,
+    model: AnyModel,
     config: LoraConfig | VeraConfig | None = None,
 ) -> None:
     """Writes `adapters` of `model` as PEFT does; PEFT loads them onto the same base model.
@@ -84,7 +84,7 @@ def save(
 
 
 def _tensors(
-    adapters: Adapters, table: Mapping[str, Parameter], model: Model
+    adapters: Adapters, table: Mapping[str, Parameter], model: AnyModel
 ) -> Iterator[tuple[str, np.ndarray]]:
     full = {p.hf_module for p in table.values() if _is_full(adapters.get(p.path))}
     frozen = named_leaves(model.params)
@@ -143,7 +143,7 @@ def _contiguous(x: Any) -> np.ndarray:
 
 
 def _common(
-    adapters: Adapters, table: Mapping[str, Parameter], model: Model, kind: str
+    adapters: Adapters, table: Mapping[str, Parameter], model: AnyModel, kind: str
 ) -> dict[str, Any]:
     """What adapter_config.json says of any adapter."""
     full = {table[p].hf_module for p, adapter in adapters.items() if _is_full(adapter)}
@@ -170,7 +170,7 @@ def _common(
 
 
 def _describe(
-    adapters: Adapters, table: Mapping[str, Parameter], model: Model, config: LoraConfig
+    adapters: Adapters, table: Mapping[str, Parameter], model: AnyModel, config: LoraConfig
 ) -> dict[str, Any]:
     """Of LoRA: the commonest rank and alpha, and patterns for the others."""
     settings: dict[str, tuple[int, float]] = {}
@@ -214,7 +214,7 @@ def _describe(
 
 
 def _describe_vera(
-    adapters: Adapters, table: Mapping[str, Parameter], model: Model, config: VeraConfig
+    adapters: Adapters, table: Mapping[str, Parameter], model: AnyModel, config: VeraConfig
 ) -> dict[str, Any]:
     ranks = {w.rank for w in adapters.values() if isinstance(w, VeraWeights)}
     return _common(adapters, table, model, "VERA") | {

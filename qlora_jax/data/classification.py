@@ -1,0 +1,142 @@
+"""Texts with a label each: classes, or numbers to predict."""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from qlora_jax.data.collate import Batch, TokenizedExample, pad
+from qlora_jax.data.seq2seq import encode_whole
+from qlora_jax.data.tokenize import TokenizedDataset
+from qlora_jax.errors import QloraError
+
+# What is read: one text, or two that are read together. The names are those of GLUE's tasks.
+FIELDS = (
+    ("sentence1", "sentence2"),
+    ("premise", "hypothesis"),
+    ("question1", "question2"),
+    ("question", "sentence"),
+    ("sentence",),
+    ("text",),
+)
+EXPECTED = 'a "label" beside ' + ", ".join(" + ".join(fields) for fields in FIELDS)
+
+
+@dataclass(frozen=True)
+class LabelledText:
+    """One text or two, and a class (its number or its name) or a number to predict."""
+
+    texts: tuple[str, ...]
+    label: int | str | float
+    where: str = "example"
+
+
+@dataclass(frozen=True)
+class Labels:
+    """What there is to predict: the names of classes, in order, or, None, a number."""
+
+    names: tuple[str, ...] | None
+
+    @classmethod
+    def of(cls, examples: Sequence[LabelledText]) -> "Labels":
+        """Whole numbers are classes from 0 on, texts the names of classes, other numbers numbers.
+
+        Raises QloraError for labels of different kinds, and for negative classes, which GLUE has
+        where the answer is a secret.
+        """
+        kinds = {type(example.label) for example in examples}
+        if kinds == {str}:
+            return cls(tuple(sorted({str(example.label) for example in examples})))
+        if kinds == {int}:
+            for example in examples:
+                if int(example.label) < 0:
+                    raise QloraError(f"{example.where}: the class {example.label} is negative")
+            count = 1 + max(int(example.label) for example in examples)
+            return cls(tuple(f"LABEL_{i}" for i in range(max(count, 2))))
+        if kinds <= {int, float}:
+            return cls(None)
+        raise QloraError(f"labels are of different kinds: {sorted(k.__name__ for k in kinds)}")
+
+    def array(self, example: LabelledText) -> np.ndarray:
+        """The label as an array []: int32 of a class, fp32 of a number. QloraError if unknown."""
+        label = example.label
+        if self.names is None:
+            if isinstance(label, str) or not math.isfinite(label):
+                raise QloraError(f"{example.where}: the label {label!r} is not a finite number")
+            return np.asarray(label, np.float32)
+        if label in self.names:
+            return np.asarray(self.names.index(str(label)), np.int32)
+        if not isinstance(label, int) or not 0 <= label < len(self.names):
+            raise QloraError(f"{example.where}: the label {label!r} is none of {self.names}")
+        return np.asarray(label, np.int32)
+
+
+def parse_labelled(row: object, where: str) -> LabelledText:
+    """A row of a data set. Raises QloraError, beginning with `where`, for one without texts or
+    label."""
+    if not isinstance(row, Mapping):
+        raise QloraError(f"{where}: a row must be an object, not {type(row).__name__}")
+    fields = next((names for names in FIELDS if all(name in row for name in names)), None)
+    if fields is None or "label" not in row:
+        raise QloraError(f"{where}: found the fields {sorted(map(str, row))}; expected {EXPECTED}")
+    for name in fields:
+        if not isinstance(row[name], str):
+            raise QloraError(f"{where}: {name!r} is {type(row[name]).__name__}, not text")
+    label = row["label"]
+    if isinstance(label, bool) or not isinstance(label, int | float | str):
+        raise QloraError(f"{where}: the label {label!r} is neither a number nor a name")
+    return LabelledText(tuple(row[name] for name in fields), label, where)
+
+
+@dataclass(frozen=True, eq=False)
+class LabelledExample(TokenizedExample):
+    """input_ids [T], labels [] and, of a model that tells two texts apart, token_type_ids [T]."""
+
+    token_type_ids: np.ndarray | None = None
+
+
+@dataclass(frozen=True, repr=False)
+class LabelledDataset(TokenizedDataset):
+    """Of each example input_ids [T] are the texts, labels [] the class or the number."""
+
+    def collate(
+        self, rows: Sequence[Sequence[TokenizedExample]], length: int, *, packed: bool = False
+    ) -> Batch:
+        """input_ids, attention_mask, perhaps token_type_ids [B, length]; labels [B]."""
+        if packed or any(len(row) != 1 for row in rows):
+            raise QloraError("packing is for decoders; texts to be classified have a row each")
+        ids = [example.input_ids for (example,) in rows]
+        batch = Batch(
+            input_ids=pad(ids, length, self.pad_id),
+            labels=np.stack([example.labels for (example,) in rows]),
+            attention_mask=pad([np.ones(len(x), np.int32) for x in ids], length, 0),
+        )
+        types = [getattr(example, "token_type_ids", None) for (example,) in rows]
+        if all(x is not None for x in types):
+            batch["token_type_ids"] = pad([x for x in types if x is not None], length, 0)
+        return batch
+
+    @property
+    def filler(self) -> None:
+        """None: a number to predict cannot be left out of the loss."""
+
+
+def tokenize_labelled(
+    examples: Sequence[LabelledText], tokenizer: Any, max_length: int, labels: Labels
+) -> LabelledDataset:
+    """Texts with the tokenizer's special tokens, cut to max_length, and their labels' numbers.
+
+    Of two texts the longer one is cut. token_type_ids are those of a tokenizer that has them.
+    Raises QloraError for a label that is unknown.
+    """
+    kept, cut = [], 0
+    for example in examples:
+        encoded, was_cut = encode_whole(tokenizer, example.texts, max_length)
+        types = encoded.get("token_type_ids")
+        types = None if types is None else np.asarray(types, np.int32)
+        ids = np.asarray(encoded["input_ids"], np.int32)
+        kept.append(LabelledExample(ids, labels.array(example), types))
+        cut += was_cut
+    return LabelledDataset(tuple(kept), tokenizer.pad_token_id or 0, cut, 0, max_length)

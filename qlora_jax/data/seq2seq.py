@@ -1,0 +1,75 @@
+"""Prompts and answers to token ids, for an encoder that reads the one and a decoder that writes the
+other."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from qlora_jax.data.collate import Batch, TokenizedExample, pad
+from qlora_jax.data.examples import Example
+from qlora_jax.data.lengths import rounded
+from qlora_jax.data.tokenize import TokenizedDataset
+from qlora_jax.errors import QloraError
+from qlora_jax.models.loss import IGNORE
+
+
+@dataclass(frozen=True, repr=False)
+class Seq2SeqDataset(TokenizedDataset):
+    """Of each example input_ids [E] are what the encoder reads, labels [T] what is to be said."""
+
+    def collate(
+        self, rows: Sequence[Sequence[TokenizedExample]], length: int, *, packed: bool = False
+    ) -> Batch:
+        """input_ids and attention_mask [B, length] of the encoder, labels [B, T] of the decoder.
+
+        T is the longest answer's in the dataset, rounded up, so that all batches have one shape.
+        """
+        if packed or any(len(row) != 1 for row in rows):
+            raise QloraError("packing is for decoders; pairs of texts have a row each")
+        examples = [example for (example,) in rows]
+        longest = rounded(max(len(example.labels) for example in self.examples))
+        ids = [example.input_ids for example in examples]
+        return Batch(
+            input_ids=pad(ids, length, self.pad_id),
+            labels=pad([example.labels for example in examples], longest, IGNORE),
+            attention_mask=pad([np.ones(len(x), np.int32) for x in ids], length, 0),
+        )
+
+
+def tokenize_seq2seq(
+    examples: Sequence[Example], tokenizer: Any, max_length: int, max_target_length: int
+) -> Seq2SeqDataset:
+    """The turns before the answer, a line each, for the encoder; the answer for the decoder.
+
+    Both with the special tokens that the tokenizer adds (T5: the end), and cut to at most
+    max_length and max_target_length tokens. Raises QloraError for limits that leave no room.
+    """
+    if max_length < 2 or max_target_length < 2:
+        raise QloraError(
+            f"max_length and max_target_length must be at least 2, not {max_length} and "
+            f"{max_target_length}"
+        )
+    kept: list[TokenizedExample] = []
+    cut = 0
+    for example in examples:
+        source = "\n".join(message.content for message in example.prompt)
+        read, cut_source = encode_whole(tokenizer, (source,), max_length)
+        said, cut_target = encode_whole(tokenizer, (example.answer,), max_target_length)
+        ids, labels = (np.asarray(x["input_ids"], np.int32) for x in (read, said))
+        kept.append(TokenizedExample(ids, labels))
+        cut += cut_source or cut_target
+    return Seq2SeqDataset(tuple(kept), tokenizer.pad_token_id or 0, cut, 0, max_length)
+
+
+def encode_whole(
+    tokenizer: Any, texts: Sequence[str], limit: int
+) -> tuple[Mapping[str, list[int]], bool]:
+    """What the tokenizer makes of a text or a pair, special tokens included, and whether it had to
+    be cut."""
+    encoded = tokenizer(*texts)
+    cut = len(encoded["input_ids"]) > limit
+    if cut:
+        encoded = tokenizer(*texts, truncation=True, max_length=limit)
+    return encoded, cut

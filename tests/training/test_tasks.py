@@ -1,0 +1,143 @@
+"""Runs of an encoder-decoder and of an encoder that classifies, from text to a saved adapter."""
+
+import dataclasses
+
+import jax
+import numpy as np
+import pytest
+
+import qlora_jax as qj
+from qlora_jax.checkpoints.seq2seq import Seq2SeqModel
+from qlora_jax.checkpoints.tokenizer import from_folder
+from qlora_jax.data import (
+    LabelledText,
+    Labels,
+    batches,
+    evaluation_batches,
+    parse_labelled,
+    rows_to_examples,
+    tokenize_labelled,
+    tokenize_seq2seq,
+)
+from qlora_jax.models import init_params, read_config
+from qlora_jax.training import trainer
+from qlora_jax.training.settings import TrainSettings
+from tests import tiny
+
+pytestmark = pytest.mark.standard_promotion
+
+WORDS = ("alpha", "beta", "gamma", "delta", "omega", "sigma")
+T5 = {"model_type": "t5", "d_model": 32, "d_kv": 8, "d_ff": 64, "num_layers": 1, "num_heads": 4}
+ROBERTA = {
+    "model_type": "roberta",
+    "hidden_size": 32,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 4,
+    "intermediate_size": 64,
+    "max_position_embeddings": 66,
+    "pad_token_id": 1,
+    "architectures": ["RobertaForSequenceClassification"],
+}
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory):
+    return from_folder(tiny.write_checkpoint(tmp_path_factory.mktemp("tiny")))
+
+
+def quantized(config):
+    return qj.quantize_tree(init_params(config, jax.random.key(0)), qj.NF4())
+
+
+def fit(model, config, dataset, output, **settings):
+    usual = {"steps": 25, "batch_size": 3, "accumulate": 2, "learning_rate": 1e-2, "warmup": 3}
+    settings = TrainSettings(**usual | settings)
+    return trainer.fit(model, config, dataset, settings, output, evaluation=dataset, display=False)
+
+
+def test_an_encoder_decoder_learns_pairs(tokenizer, tmp_path):
+    rows = [{"prompt": f"say {word}", "completion": word[::-1]} for word in WORDS]
+    dataset = tokenize_seq2seq(rows_to_examples(rows), tokenizer, 64, 64)
+    config = read_config(T5 | {"vocab_size": len(tokenizer)})
+    model = Seq2SeqModel(config, quantized(config), tokenizer, "tiny t5", np.float32)
+    result = fit(model, qj.LoraConfig(rank=8), dataset, tmp_path / "out")
+    losses = [entry["eval_loss"] for entry in result.history if "eval_loss" in entry]
+    assert losses[-1] < 0.75 * result.history[0]["loss"]
+    batch = next(batches(dataset, 4, seed=0))
+    assert batch["input_ids"].shape == (4, 32) and batch["labels"].shape == (4, 32)
+    adapters, _ = qj.peft.load(tmp_path / "out", model)
+    for mine, theirs in zip(*map(jax.tree.leaves, (result.adapters, adapters)), strict=True):
+        np.testing.assert_array_equal(mine, theirs)
+
+
+@pytest.mark.parametrize("kind", ["names", "numbers"])
+def test_an_encoder_learns_labels(kind, tokenizer, tmp_path):
+    of = {
+        "names": lambda i: ("no", "maybe", "yes")[i % 3],
+        "numbers": lambda i: 0.5 * i,
+    }
+    rows = [
+        {"sentence1": word, "sentence2": word[::-1], "label": of[kind](i)}
+        for i, word in enumerate(WORDS)
+    ]
+    examples = [parse_labelled(row, f"row {i}") for i, row in enumerate(rows)]
+    labels = Labels.of(examples)
+    dataset = tokenize_labelled(examples, tokenizer, 64, labels)
+    config = read_config(ROBERTA | {"vocab_size": len(tokenizer)})
+    config = config.with_head("classification", len(labels.names or "1"))
+    model = qj.EncoderModel(config, quantized(config), tokenizer, "tiny roberta", np.float32)
+    lora = qj.LoraConfig(rank=8, modules_to_save=("classifier",))
+    result = fit(model, lora, dataset, tmp_path / "out")
+    losses = [entry["eval_loss"] for entry in result.history if "eval_loss" in entry]
+    assert losses[-1] < 0.75 * result.history[0]["loss"]
+    # 6 rows in batches of 4: the last one is smaller, and nothing is counted twice.
+    sizes = [len(b["labels"]) for b in evaluation_batches(dataset, 4, sequence_length=32)]
+    assert sizes == [4, 2]
+    adapters, _ = qj.peft.load(tmp_path / "out", model)
+    assert any(path.startswith("classifier") for path in adapters)
+
+
+def test_labels():
+    def of(*labels):
+        return Labels.of([LabelledText(("a",), label) for label in labels])
+
+    assert of(0, 2).names == ("LABEL_0", "LABEL_1", "LABEL_2")
+    assert of("b", "a", "b").names == ("a", "b")
+    assert of(1, 2.5).names is None
+    assert of("b", "a").array(LabelledText(("x",), "b")) == 1
+    for bad, message in (
+        (lambda: of(0, -1), "example: the class -1 is negative"),
+        (lambda: of(0, "a"), "different kinds"),
+        (lambda: of("a").array(LabelledText(("x",), "z", "row 7")), "row 7: the label 'z'"),
+        (lambda: of(1).array(LabelledText(("x",), 5, "row 7")), "row 7: the label 5"),
+        (lambda: of(0.5).array(LabelledText(("x",), "z", "row 7")), "not a finite number"),
+        (lambda: parse_labelled({"text": "a"}, "row 3"), r"row 3: found the fields \['text'\]"),
+        (lambda: parse_labelled({"text": 1, "label": 0}, "row 3"), "'text' is int, not text"),
+        (lambda: parse_labelled({"text": "a", "label": None}, "row 3"), "None is neither"),
+    ):
+        with pytest.raises(qj.QloraError, match=message):
+            bad()
+
+
+def test_pairs_are_cut_and_counted(tokenizer):
+    rows = [{"prompt": "a" * 50, "completion": "b" * 5}, {"prompt": "a", "completion": "b"}]
+    dataset = tokenize_seq2seq(rows_to_examples(rows), tokenizer, 8, 4)
+    assert dataset.cut == 1 and max(map(len, dataset)) == 8
+    assert [len(example.labels) for example in dataset] == [4, 1]
+    with pytest.raises(qj.QloraError, match="packing is for decoders"):
+        dataset.collate([[dataset[0]]], 32, packed=True)
+
+
+def test_data_of_another_kind_is_refused(tokenizer, tmp_path):
+    config = read_config(T5 | {"vocab_size": len(tokenizer)})
+    model = Seq2SeqModel(config, {}, tokenizer, "tiny t5", np.float32)
+    texts = [LabelledText(("a",), 0)]
+    dataset = tokenize_labelled(texts, tokenizer, 8, Labels.of(texts))
+    with pytest.raises(qj.QloraError, match="a Seq2SeqDataset, what .* makes, not on a L"):
+        trainer.fit(model, qj.LoraConfig(), dataset, TrainSettings(steps=1), tmp_path / "out")
+    config = read_config(ROBERTA | {"vocab_size": len(tokenizer)})
+    encoder = qj.EncoderModel(config, {}, tokenizer, "tiny roberta", np.float32)
+    wrong = dataclasses.replace(dataset, examples=tuple(dataset)[:1])
+    wrong.examples[0].labels[...] = 7
+    with pytest.raises(qj.QloraError, match="the label 7, which is neither one of 0 to 1"):
+        trainer.fit(encoder, qj.LoraConfig(), wrong, TrainSettings(steps=1), tmp_path / "out")
