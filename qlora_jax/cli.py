@@ -116,8 +116,16 @@ def _words(value: Any) -> list[str]:
     if isinstance(value, Mapping):
         return [str(word) for item in value.items() for word in item]
     if isinstance(value, Sequence) and not isinstance(value, str):
-        return [str(word) for word in value]
+        return [_entry(item) if isinstance(item, Mapping) else str(item) for item in value]
     return [str(value)]
+
+
+def _entry(settings: Mapping[str, Any]) -> str:
+    """{path: a.jsonl, weight: 0.5} as the command line has it: a.jsonl,weight=0.5."""
+    rest = {str(key): value for key, value in settings.items()}
+    if "path" not in rest:
+        raise QloraError(f"an entry of a list needs a `path`; got {rest}")
+    return ",".join([str(rest.pop("path")), *(f"{key}={value}" for key, value in rest.items())])
 
 
 def _usage() -> str:

@@ -1,9 +1,11 @@
-"""From rows of text to padded batches of token ids.
+"""From rows of text to padded or packed batches of token ids.
 
 examples = read_examples("train.jsonl")                       # rows -> conversations
 dataset = tokenize(examples, model.tokenizer, max_length=512) # conversations -> ids and labels
-for batch in batches(dataset, 8, seed=0, sequence_length=512):
+for batch in batches(dataset, 8, seed=0, packing=True):
     ...                                                       # dict of int32 arrays [B, T]
+
+read_pairs and tokenize_pairs are for the formats of instruction data sets, mix for several of them.
 """
 
 from qlora_jax.data.batches import BatchSource, batches, evaluation_batches
@@ -16,9 +18,12 @@ from qlora_jax.data.classification import (
 )
 from qlora_jax.data.collate import Batch, TokenizedExample
 from qlora_jax.data.examples import Example, Message, read_examples, rows_to_examples
+from qlora_jax.data.formats import Pair, PairFormat, read_pairs, rows_to_pairs
 from qlora_jax.data.order import mix
+from qlora_jax.data.reading import read_rows
 from qlora_jax.data.seq2seq import Seq2SeqDataset, tokenize_seq2seq
 from qlora_jax.data.tokenize import IGNORE, TokenizedDataset, tokenize
+from qlora_jax.data.tokenize_pairs import tokenize_pairs
 
 __all__ = [
     "IGNORE",
@@ -29,6 +34,8 @@ __all__ = [
     "LabelledText",
     "Labels",
     "Message",
+    "Pair",
+    "PairFormat",
     "Seq2SeqDataset",
     "TokenizedDataset",
     "TokenizedExample",
@@ -37,8 +44,12 @@ __all__ = [
     "mix",
     "parse_labelled",
     "read_examples",
+    "read_pairs",
+    "read_rows",
     "rows_to_examples",
+    "rows_to_pairs",
     "tokenize",
     "tokenize_labelled",
+    "tokenize_pairs",
     "tokenize_seq2seq",
 ]

@@ -1,14 +1,14 @@
-"""Rows of JSON lines files and Hugging Face datasets, brought to one form: a conversation."""
+"""Rows that are told by their fields, brought to one form: a conversation."""
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
-from qlora_jax.errors import QloraError, missing
+from qlora_jax.data.reading import read_rows
+from qlora_jax.errors import QloraError
 
 Role = Literal["system", "user", "assistant"]
 ROLES: tuple[Role, ...] = ("system", "user", "assistant")
@@ -33,7 +33,7 @@ class Example:
     """A conversation with at least one assistant turn; `where` names its origin in errors."""
 
     messages: tuple[Message, ...]
-    where: str = "example"
+    where: str = field(default="example", compare=False)
 
     @property
     def prompt(self) -> tuple[Message, ...]:
@@ -102,60 +102,13 @@ def rows_to_examples(rows: Iterable[object], name: str = "rows") -> list[Example
     return examples
 
 
-def _read_json_lines(path: Path) -> list[Example]:
-    examples: list[Example] = []
-    with path.open(encoding="utf-8-sig") as file:  # some editors write a byte order mark
-        try:
-            for number, line in enumerate(file, start=1):
-                if not line.strip():
-                    continue
-                where = f"{path}, line {number}"
-                try:
-                    row: Any = json.loads(line)
-                except json.JSONDecodeError as error:
-                    raise QloraError(
-                        f"{where}: not JSON ({error.msg} at column {error.colno}); "
-                        f"expected a JSON object a line, {EXPECTED}"
-                    ) from error
-                examples.append(parse_row(row, where))
-        except UnicodeDecodeError as error:
-            raise QloraError(f"{path}: not UTF-8 text ({error.reason})") from error
-    if not examples:
-        raise QloraError(f"{path}: no examples; expected a JSON object a line, {EXPECTED}")
-    return examples
-
-
-def _load_dataset(name: str, split: str) -> list[Example]:
-    try:
-        import datasets
-    except ModuleNotFoundError as error:
-        raise missing("datasets", f"reading the dataset {name!r}", "datasets") from error
-    # "owner/name:config@split", as in openai/gsm8k:main@test.
-    name, _, named = name.partition("@")
-    split = named or split
-    repository, _, config = name.partition(":")
-    try:
-        rows = datasets.load_dataset(repository, config or None, split=split)
-    except (OSError, ValueError) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise QloraError(
-            f"{name}: neither a file here nor a dataset that could be loaded ({reason})"
-        ) from error
-    return rows_to_examples(rows, f"{name}[{split}]")
-
-
 def read_examples(source: str | Path, split: str = "train") -> list[Example]:
     """Reads a JSON lines file, or a dataset of the Hugging Face Hub.
 
-    The latter is "owner/name[:config][@split]"; `split` is the one of a name without any.
-    Blank lines are skipped. Raises QloraError for a path that is not there, and, with file and line
-    number, for the first row that cannot be used.
+    source and split are as for `read_rows`, whose errors it raises. Raises QloraError, with file
+    and line number, for the first row that cannot be used, and if there is no row.
     """
-    path = Path(source)
-    if path.is_file():
-        return _read_json_lines(path)
-    if path.is_dir():
-        raise QloraError(f"{path}: a folder; expected a JSON lines file or a dataset's name")
-    if path.suffix in {".jsonl", ".json"} or path.is_absolute() or str(source).count("/") > 1:
-        raise QloraError(f"{path}: no such file")
-    return _load_dataset(str(source), split)
+    examples = [parse_row(row, where) for where, row in read_rows(source, split)]
+    if not examples:
+        raise QloraError(f"{source}: no examples; expected a JSON object a line, {EXPECTED}")
+    return examples

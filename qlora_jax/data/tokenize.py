@@ -76,6 +76,12 @@ class TokenizedDataset(Sequence[TokenizedExample]):
         )
 
 
+def padding_id(tokenizer: Any) -> int:
+    """What padding is filled with: the tokenizer's own padding token, EOS, or token 0."""
+    found = (tokenizer.pad_token_id, tokenizer.eos_token_id)
+    return next((token for token in found if token is not None), 0)
+
+
 def encode(tokenizer: Any, text: str) -> list[int]:
     """Token ids of `text`, with nothing added: templates carry their own special tokens."""
     return list(tokenizer(text, add_special_tokens=False)["input_ids"])
@@ -190,5 +196,4 @@ def tokenize(
             f"none of {len(examples)} examples has a part of its answer within "
             f"max_length={max_length} tokens"
         )
-    pad_id = next((i for i in (tokenizer.pad_token_id, tokenizer.eos_token_id) if i is not None), 0)
-    return TokenizedDataset(tuple(kept), pad_id, cut, dropped, max_length)
+    return TokenizedDataset(tuple(kept), padding_id(tokenizer), cut, dropped, max_length)

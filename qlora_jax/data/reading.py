@@ -1,0 +1,65 @@
+"""Rows from JSON lines files and from data sets of the Hugging Face Hub."""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+from qlora_jax.errors import QloraError, missing
+
+Row = tuple[str, object]
+"""(where it is from, for errors; the row)."""
+
+
+def read_rows(source: str | Path, split: str = "train") -> Iterator[Row]:
+    """The rows of a JSON lines file, or of a data set of the Hub.
+
+    The latter is "owner/name[:config][@split]"; `split` is the one of a name without any. Blank
+    lines are skipped. Raises QloraError for a path that is not there, for what is no JSON, with
+    file and line number, and for a source without rows.
+    """
+    path = Path(source)
+    if path.is_file():
+        return _json_lines(path)
+    if path.is_dir():
+        raise QloraError(f"{path}: a folder; expected a JSON lines file or a dataset's name")
+    if path.suffix in {".jsonl", ".json"} or path.is_absolute() or str(source).count("/") > 1:
+        raise QloraError(f"{path}: no such file")
+    return _hub_dataset(str(source), split)
+
+
+def _json_lines(path: Path) -> Iterator[Row]:
+    with path.open(encoding="utf-8-sig") as file:  # some editors write a byte order mark
+        try:
+            for number, line in enumerate(file, start=1):
+                if not line.strip():
+                    continue
+                where = f"{path}, line {number}"
+                try:
+                    row = json.loads(line)
+                except json.JSONDecodeError as error:
+                    raise QloraError(
+                        f"{where}: not JSON ({error.msg} at column {error.colno}); expected a JSON "
+                        "object a line"
+                    ) from error
+                yield where, row
+        except UnicodeDecodeError as error:
+            raise QloraError(f"{path}: not UTF-8 text ({error.reason})") from error
+
+
+def _hub_dataset(name: str, split: str) -> Iterator[Row]:
+    try:
+        import datasets
+    except ModuleNotFoundError as error:
+        raise missing("datasets", f"reading the dataset {name!r}", "datasets") from error
+    # "owner/name:config@split", as in openai/gsm8k:main@test.
+    name, _, named = name.partition("@")
+    split = named or split
+    repository, _, config = name.partition(":")
+    try:
+        rows = datasets.load_dataset(repository, config or None, split=split)
+    except (OSError, ValueError) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise QloraError(
+            f"{name}: neither a file here nor a dataset that could be loaded ({reason})"
+        ) from error
+    return ((f"{name}[{split}], row {number}", row) for number, row in enumerate(rows))
