@@ -22,10 +22,20 @@ def save_dense(gguf: Path, folder: Path) -> None:
 
 
 def prepare(folder: Path, batch: int, time: int, rank: int) -> Any:
-    """A function that takes one train step and returns its loss: NF4, double quantization, fp32.
+    """A function that takes one train step on random tokens, all of them labelled."""
+    import torch
 
-    The model is in train mode from the start: after a first forward pass in eval mode bitsandbytes'
-    CPU build drops gradients.
+    model, step = prepare_steps(folder, rank)
+    torch.manual_seed(0)
+    ids = torch.randint(0, model.config.vocab_size, (batch, time))
+    return lambda: step({"input_ids": ids, "labels": ids})
+
+
+def prepare_steps(folder: Path, rank: int) -> tuple[Any, Any]:
+    """(model, step): step(batch of tensors) takes one train step and returns its loss.
+
+    NF4, double quantization, fp32. The model is in train mode from the start: after a first forward
+    pass in eval mode bitsandbytes' CPU build drops gradients.
     """
     import peft
     import torch
@@ -49,15 +59,13 @@ def prepare(folder: Path, batch: int, time: int, rank: int) -> Any:
     model.train()
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=2e-4, weight_decay=0.0)
-    torch.manual_seed(0)
-    ids = torch.randint(0, base.config.vocab_size, (batch, time))
 
-    def step() -> float:
-        loss = model(input_ids=ids, labels=ids).loss
+    def step(batch: dict[str, Any]) -> float:
+        loss = model(**batch).loss
         loss.backward()
         torch.nn.utils.clip_grad_norm_(trained, 0.3)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         return float(loss.detach())
 
-    return step
+    return base, step

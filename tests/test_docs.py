@@ -1,10 +1,15 @@
 """Examples in docs/ are run as printed, but for the model: a tiny random one stands in."""
 
+import re
 from pathlib import Path
+from typing import get_args
 
 import jax
 import pytest
 
+from qlora_jax import cli
+from qlora_jax.commands.train import Train
+from qlora_jax.data import PairFormat
 from tests import tiny
 from tests.test_readme import MODEL, blocks
 
@@ -24,3 +29,33 @@ def test_decomposed_adapters(tmp_path):
         if path in adapters:
             found = qj.lora.adapters.named_leaves(merged)[path]
             assert jax.numpy.linalg.norm(found - leaf) < 0.1 * jax.numpy.linalg.norm(leaf)
+
+
+@pytest.mark.standard_promotion
+def test_data(tmp_path, monkeypatch, capsys):
+    examples = blocks("python", DOCS / "data.md")
+    folder = tiny.write_checkpoint(tmp_path / "model", layers=1)
+    scope: dict = {}
+    for example in examples:
+        exec(compile(example.replace(MODEL, repr(str(folder))), "data.md", "exec"), scope)
+    assert scope["dataset"].parts == ((40, 0.7), (60, 0.3))
+    batches = scope["batches"]
+    assert batches.steps > 4 and scope["step"] == batches.steps - 1
+    assert "3 {'input_ids': (4, 256), " in capsys.readouterr().out
+
+    ran = []
+    monkeypatch.setattr(Train, "run", lambda self: ran.append(self))
+    (settings,) = blocks("yaml", DOCS / "data.md")
+    (tmp_path / "s.yaml").write_text(settings)
+    cli.main(["train", "--config", str(tmp_path / "s.yaml")])
+    command = re.search(r"`--data (.*?)`", (DOCS / "data.md").read_text(), re.DOTALL)
+    assert command is not None and ran[0].data == tuple(command[1].split())
+    assert ran[0].training.packing and ran[0].eval_count == 500
+
+
+def test_the_formats_are_all_described():
+    text = (DOCS / "data.md").read_text()
+    named = {
+        name for row in re.findall(r"^\| ([a-z0-9, -]+) \|", text, re.M) for name in row.split(", ")
+    }
+    assert named - {"format"} == {"auto", *get_args(PairFormat)}

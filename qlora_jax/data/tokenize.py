@@ -132,8 +132,10 @@ def _label_chat(tokenizer: Any, example: Example) -> tuple[list[int], list[int]]
         if message.role != "assistant":
             continue
         before = render(tokenizer, example.messages[:turn], generation_prompt=True)
-        after = render(tokenizer, example.messages[: turn + 1], generation_prompt=False)
-        start, end = encode(tokenizer, before), encode(tokenizer, after)
+        start, end = encode(tokenizer, before), ids
+        if turn + 1 < len(example.messages):
+            after = render(tokenizer, example.messages[: turn + 1], generation_prompt=False)
+            end = encode(tokenizer, after)
         if ids[: len(start)] != start or ids[: len(end)] != end or len(start) >= len(end):
             raise QloraError(
                 f"the tokens before message {turn} are no prefix of the whole conversation's, so "
