@@ -20,6 +20,7 @@ from qlora_jax.quant import (
 )
 from qlora_jax.training.lora_plus import lora_plus
 from qlora_jax.training.masks import combine, freeze_base, partition, trainable_mask
+from qlora_jax.training.paged import paged
 from qlora_jax.training.step import TrainState, make_eval_step, make_train_step
 
 __all__ = [
@@ -43,6 +44,7 @@ __all__ = [
     "lora_plus",
     "make_eval_step",
     "make_train_step",
+    "paged",
     "partition",
     "peft",
     "quantize",

@@ -1,0 +1,169 @@
+"""Paged optimizers: the same updates, with the state elsewhere."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from jax.sharding import NamedSharding, PartitionSpec
+
+import qlora_jax as qj
+from qlora_jax.data import batches
+from qlora_jax.lora import LoraWeights
+from qlora_jax.training.pages import layout
+from qlora_jax.training.paged import host_shardings
+from tests.training import models
+
+pytestmark = pytest.mark.standard_promotion  # optax
+
+RATE = optax.cosine_decay_schedule(1e-2, 5)
+OPTIMIZERS = {
+    "adamw": optax.adamw(
+        RATE, weight_decay=0.1, mask=lambda p: jax.tree.map(lambda x: x.ndim > 2, p)
+    ),
+    "adafactor": optax.adafactor(RATE, min_dim_size_to_factor=8),
+    "lion": optax.lion(RATE),
+    "lora_plus": qj.lora_plus(optax.adamw(RATE), 16.0),
+    "hyperparameters": optax.inject_hyperparams(optax.adamw)(learning_rate=1e-3),
+}
+PAGE = 6000
+"""Bytes: some parameters below are smaller, some larger; B of q_proj makes pages of 2 + 2 + 1."""
+
+
+def parameters():
+    a, b, c = (np.random.default_rng(i) for i in range(3))
+    return {
+        "layers/q_proj/kernel": LoraWeights(
+            jnp.asarray(a.normal(size=(5, 16, 4)), jnp.float32),
+            jnp.asarray(b.normal(size=(5, 4, 48)), jnp.float32),
+            2.0,
+        ),
+        "lm_head/kernel": jnp.asarray(c.normal(size=(16, 20)), jnp.float32),
+        "norm/scale": jnp.ones((16,), jnp.float32),
+        "fixed": None,
+    }
+
+
+def steps(optimizer, count=3):
+    """Parameters and state after some updates.
+
+    Without XLA's algebraic simplification, which turns divisions by a number that several arrays
+    share into multiplications, and so rounds differently when they are in different programs.
+    """
+    params = parameters()
+    state = optimizer.init(params)
+    options = {"xla_disable_hlo_passes": "algsimp"}
+    update = jax.jit(optimizer.update, compiler_options=options)
+    for i in range(count):
+        grads = jax.tree.map(lambda x, i=i: jnp.sin(x * 37 + i) * 0.1, params)
+        updates, state = update(grads, state, params)
+        params = optax.apply_updates(params, updates)
+    return params, state
+
+
+def on_host(state):
+    return {x.sharding.memory_kind for x in jax.tree.leaves(state)} == {"pinned_host"}
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_updates_are_those_of_the_optimizer_to_the_bit(name):
+    optimizer = OPTIMIZERS[name]
+    found, state = steps(qj.paged(optimizer, PAGE))
+    expected, _ = steps(optimizer)
+    assert len(state.pages) > 2 and on_host(state)
+    jax.tree.map(np.testing.assert_array_equal, found, expected)
+
+
+def test_pages_hold_everything_once_and_are_bounded():
+    params = jax.tree.leaves(parameters())
+    pages = layout(OPTIMIZERS["adamw"], parameters(), PAGE)
+    rows = {i: [] for i in range(len(params))}
+    for page in pages:
+        # Two moments and an update, fp32.
+        assert sum(12 * piece.of(params[piece.parameter]).size for piece in page) <= PAGE
+        for piece in page:
+            x = params[piece.parameter]
+            rows[piece.parameter] += range(len(x))[piece.start : piece.stop]
+    assert all(found == list(range(len(params[i]))) for i, found in rows.items())
+    assert len({len(page) for page in pages}) > 1, "small parameters share a page"
+    assert qj.paged(optax.sgd(0.1), PAGE).init({}).pages == ()
+
+
+def test_an_optimizer_that_looks_at_whole_parameters_is_not_cut():
+    pages = layout(OPTIMIZERS["adafactor"], parameters(), 1)
+    assert [piece for page in pages for piece in page] == [(i, None, None) for i in range(4)]
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "message"),
+    [
+        (optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(1e-2)), "update of .*depends on"),
+        (optax.apply_if_finite(optax.adam(1e-2), 3), "update of .* depends on"),
+        (optax.flatten(optax.adam(1e-2)), "update of .* depends on"),
+        (optax.normalize_by_update_norm(), "optax.chain"),
+    ],
+)
+def test_an_optimizer_that_mixes_parameters_is_refused(optimizer, message):
+    with pytest.raises(qj.QloraError, match=message):
+        qj.paged(optimizer).init(parameters())
+
+
+def test_clipping_goes_outside():
+    clip = optax.clip_by_global_norm(0.1)
+    found, _ = steps(optax.chain(clip, qj.paged(optax.adamw(1e-2), PAGE)), 1)
+    expected, _ = steps(optax.chain(clip, optax.adamw(1e-2)), 1)
+    jax.tree.map(np.testing.assert_array_equal, found, expected)
+
+
+def test_bad_input():
+    with pytest.raises(qj.QloraError, match="page_bytes must be at least 1, got 0"):
+        qj.paged(optax.adamw(1e-2), 0)
+    optimizer = qj.paged(optax.sgd(0.1, momentum=0.9), 1)
+    params = {"w": jnp.ones((2, 4))}
+    state = optimizer.init(params)
+    with pytest.raises(qj.QloraError, match="update of float32 .* gradient of bfloat16"):
+        optimizer.update({"w": jnp.ones((2, 4), jnp.bfloat16)}, state, params)
+
+
+def test_the_train_step_needs_to_know_nothing():
+    """State comes back to the host, nothing compiles twice, and the losses are the unpaged ones."""
+    model = models.model()
+    config = qj.LoraConfig(rank=4, targets=("q_proj", "down_proj"), dora=True)
+    batch = next(batches(models.dataset(), 4, seed=0, sequence_length=32))
+    losses = []
+    for optimizer in (qj.paged(optax.adamw(1e-2), 4000), optax.adamw(1e-2)):
+        adapters = qj.lora.init(jax.random.key(1), model.params, config)
+        state = qj.TrainState.create(adapters, optimizer)
+        step, found = qj.make_train_step(model.loss, optimizer, max_grad_norm=0.3), []
+        for _ in range(4):
+            before = state.opt_state
+            state, metrics = step(state, model.params, batch)
+            found.append(float(metrics["loss"]))
+        assert all(x.is_deleted() for x in jax.tree.leaves(before))
+        assert step._cache_size() == 1
+        losses.append(found)
+        if len(losses) == 1:
+            assert on_host(state.opt_state)
+            assert {x.sharding.memory_kind for x in jax.tree.leaves(state.adapters)} == {"device"}
+    np.testing.assert_allclose(*losses, rtol=1e-5)
+
+
+def test_sharded_state_stays_sharded():
+    mesh = jax.make_mesh((4, 2), ("fsdp", "tensor"))
+    spec = NamedSharding(mesh, PartitionSpec(None, "fsdp", "tensor"))
+    params = {"w": jax.device_put(jnp.ones((4, 8, 16)), spec)}
+    optimizer = qj.paged(optax.adamw(1e-2), 6144)  # a row
+    state = optimizer.init(params)
+    assert len(state.pages) == 4
+    wanted = host_shardings(state, spec)
+
+    def check(state):
+        for page in state.pages:
+            for x in jax.tree.leaves(page):
+                assert x.sharding.is_equivalent_to(spec, 3), x.sharding
+                assert x.sharding.memory_kind == "pinned_host"
+
+    check(state)
+    assert {s.memory_kind for s in jax.tree.leaves(wanted)} == {"pinned_host"}
+    _, state = jax.jit(optimizer.update)(params, state, params)
+    check(state)
