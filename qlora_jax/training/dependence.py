@@ -9,7 +9,6 @@ import enum
 from collections.abc import Sequence
 from typing import Any
 
-import jax
 from jax.extend import core
 
 
@@ -72,16 +71,14 @@ def _called(eqn: Any) -> core.Jaxpr | None:
     return inner.jaxpr if isinstance(inner, core.ClosedJaxpr) else inner
 
 
-ELEMENTWISE = frozenset(
-    """abs add add_any and atan2 bitcast_convert_type cbrt ceil clamp clz convert_element_type copy
-    cos div eq erf exp exp2 expm1 floor ge gt integer_pow is_finite le log log1p logistic lt max min
-    mul ne neg nextafter not or population_count pow real imag reduce_precision rem round rsqrt
-    select_n shift_left shift_right_arithmetic shift_right_logical sign sin sqrt square
-    stop_gradient sub tanh xor""".split()
-)
-REDUCTIONS = frozenset(
-    "argmax argmin reduce_and reduce_max reduce_min reduce_or reduce_prod reduce_sum".split()
-)
+_ELEMENTWISE = """
+abs add add_any and atan2 bitcast_convert_type cbrt ceil clamp clz convert_element_type copy cos div
+eq erf exp exp2 expm1 floor ge gt integer_pow is_finite le log log1p logistic lt max min mul ne neg
+nextafter not or population_count pow real imag reduce_precision rem round rsqrt select_n shift_left
+shift_right_arithmetic shift_right_logical sign sin sqrt square stop_gradient sub tanh xor
+"""
+_REDUCTIONS = "argmax argmin reduce_and reduce_max reduce_min reduce_or reduce_prod reduce_sum"
+ELEMENTWISE, REDUCTIONS = frozenset(_ELEMENTWISE.split()), frozenset(_REDUCTIONS.split())
 
 
 def _rows(eqn: Any, given: Sequence[Dependence]) -> Rows:

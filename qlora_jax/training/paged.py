@@ -10,6 +10,7 @@ from typing import Any
 
 import jax
 import optax
+from jax.sharding import NamedSharding, PartitionSpec
 
 from qlora_jax.errors import QloraError
 from qlora_jax.training.pages import Layout, Piece, by_path, layout, some
@@ -60,7 +61,8 @@ def paged(
             state = _without(optimizer.init(some(tree, held)), shared)
             return jax.tree.map(_to_host, state)
 
-        return PagedState(jax.tree.map(_to_host, shared), tuple(map(page, pages)), pages)
+        shared = jax.tree.map(_to_host, settled(shared, params))
+        return PagedState(shared, tuple(map(page, pages)), pages)
 
     def update(updates: Any, state: PagedState, params: Any = None) -> tuple[Any, PagedState]:
         grads, tree = jax.tree.flatten(updates)
@@ -86,8 +88,8 @@ def paged(
             # before the last has left, whose place it takes.
             if len(pages) >= 2:
                 page, pages[-2] = jax.lax.optimization_barrier((page, pages[-2]))
-            # Counts go through the barrier too: XLA would else divide all pages by one number, which
-            # it does by multiplying with its reciprocal: other bits than those of a single array.
+            # Counts go through the barrier too: XLA would else divide all pages by one number,
+            # multiplying by its reciprocal, which has other bits than dividing one array has.
             page, counts = jax.lax.optimization_barrier((jax.tree.map(_to_device, page), shared))
             new, inner = step(pieces, _with(page, counts))
             new, page = jax.lax.optimization_barrier((new, _without(inner, counts)))
@@ -108,10 +110,35 @@ def host_shardings(state: Any, sharding: jax.sharding.Sharding) -> Any:
     host = sharding.with_memory_kind("pinned_host")
 
     def one(node: Any) -> Any:
-        place = host if isinstance(node, PagedState) else sharding
+        place = host if is_paged(node) else sharding
         return jax.tree.map(lambda _: place, node)
 
-    return jax.tree.map(one, state, is_leaf=lambda x: isinstance(x, PagedState))
+    return jax.tree.map(one, state, is_leaf=is_paged)
+
+
+def is_paged(node: Any) -> bool:
+    """Whether a node of an optimizer's state is that of a `paged` optimizer."""
+    return isinstance(node, PagedState)
+
+
+def settled(tree: Any, beside: Any) -> Any:
+    """`tree` with the arrays that nothing binds to a device bound to where they are, or to all of
+    the mesh that arrays of `beside` are on.
+
+    What is in host memory is bound; what is not would come back bound from a step that takes both,
+    and the next step would be compiled anew. Under a trace there is nothing to do.
+    """
+    leaves = [x for x in jax.tree.leaves(beside) if not isinstance(x, jax.core.Tracer)]
+    shardings = [x.sharding for x in leaves if isinstance(x, jax.Array)]
+    meshes = [s.mesh for s in shardings if isinstance(s, NamedSharding)]
+
+    def one(x: jax.Array) -> jax.Array:
+        if isinstance(x, jax.core.Tracer) or x.committed:
+            return x
+        replicated = NamedSharding(meshes[0], PartitionSpec()) if meshes else x.sharding
+        return jax.device_put(x, replicated)
+
+    return jax.tree.map(one, tree)
 
 
 def _to_host(x: jax.Array) -> jax.Array:

@@ -11,6 +11,7 @@ import optax
 from qlora_jax import lora
 from qlora_jax.errors import QloraError
 from qlora_jax.training.masks import combine, partition
+from qlora_jax.training.paged import is_paged, settled
 
 Batch = Any
 """A pytree of arrays, such as {"input_ids", "labels", "attention_mask"}, each [B, T]."""
@@ -47,12 +48,14 @@ class TrainState:
         """The state before the first step; a copy of the adapters, since steps donate the state."""
         adapters = jax.tree.map(jnp.array, adapters)
         trained, _ = _apart(adapters)
-        return cls(
+        state = cls(
             adapters=adapters,
             opt_state=optimizer.init(trained),
             step=jnp.zeros((), jnp.int32),
             key=jax.random.key(0) if key is None else jnp.array(key),
         )
+        paging = any(map(is_paged, jax.tree.leaves(state.opt_state, is_leaf=is_paged)))
+        return settled(state, state) if paging else state
 
 
 def make_train_step(
