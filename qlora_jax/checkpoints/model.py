@@ -79,15 +79,23 @@ class Model:
         remat: Remat = "none",
     ) -> tuple[jax.Array, Cache | None]:
         """Hidden states [B, T, D] after the final norm, and the cache; arguments as for `apply`."""
-        hidden = functools.partial(apply_hidden, self.config, dtype=self.dtype, remat=remat)
-        return lift(hidden, strict=True)(
+        hidden, cache, _ = self._run(
             params,
             input_ids,
             attention_mask=attention_mask,
             segment_ids=segment_ids,
             positions=positions,
             cache=cache,
+            remat=remat,
         )
+        return hidden, cache
+
+    def _run(
+        self, params: Any, input_ids: jax.Array, *, remat: Remat = "none", **inputs: Any
+    ) -> tuple[jax.Array, Cache | None, jax.Array | None]:
+        """As `models.apply_hidden`."""
+        run = functools.partial(apply_hidden, self.config, dtype=self.dtype, remat=remat)
+        return lift(run, strict=True)(params, input_ids, **inputs)
 
     def head(self, params: Any, hidden: jax.Array) -> jax.Array:
         """Logits, fp32 [..., V], of hidden states [..., D]."""
@@ -101,8 +109,13 @@ class Model:
 
         batch: input_ids [B, T], labels [B, T] (not shifted; -100: ignored), and, where they apply,
         attention_mask and segment_ids [B, T].
+
+        A mixture of experts whose config.json says output_router_logits learns to balance them too.
+        Its load-balancing loss is added once for every labelled token, so that the mean is what
+        transformers calls the loss; of several micro-batches each counts by its labelled tokens.
+        Padding by attention_mask has no part in the balance.
         """
-        hidden, _ = self.hidden(
+        hidden, _, extra = self._run(
             params,
             batch["input_ids"],
             attention_mask=batch.get("attention_mask"),
@@ -116,7 +129,8 @@ class Model:
         def head(head_params: Any, rows: jax.Array) -> jax.Array:
             return self.head({**rest, own: head_params}, rows)
 
-        return causal_lm_loss(head, params[own], hidden, batch["labels"])
+        total, tokens = causal_lm_loss(head, params[own], hidden, batch["labels"])
+        return total if extra is None else total + extra * tokens, tokens
 
     def new_cache(self, batch: int, length: int) -> Cache:
         """An empty cache for generating up to `length` tokens, prompt included."""

@@ -11,7 +11,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from qlora_jax.models import abstract_params, family_of
+from qlora_jax.models import DecoderConfig, abstract_params, family_of
 from qlora_jax.quant import path_str
 
 # Of the Llama family: what Hugging Face calls a module -> what GGUF calls it.
@@ -44,6 +44,8 @@ class Parameter:
                 along which the leaf is stacked
     suffix      "weight" or "bias", as files have it
     aliases     what else files may call the module
+    numbers     of the layers along the first of these axes, where it does not hold all layers of
+                the model; empty: they are numbered from 0 on
 
     A layer, here and below, is one of the tensors in files that make up the leaf; they are counted
     through where it is stacked along several axes (layers and experts), the last going fastest.
@@ -55,6 +57,7 @@ class Parameter:
     hf_module: str
     suffix: str
     aliases: tuple[str, ...] = ()
+    numbers: tuple[int, ...] = ()
 
     @property
     def kernel(self) -> bool:
@@ -87,18 +90,23 @@ class Parameter:
 
     def module(self, layer: int) -> str:
         """Hugging Face's and PEFT's name of the module that a layer is in."""
-        return self.hf_module.format(*self.at(layer))
+        return self._numbered(self.hf_module, layer)
 
     def hf_name(self, layer: int) -> str:
         return f"{self.module(layer)}.{self.suffix}"
 
     def hf_names(self, layer: int) -> list[str]:
         """Every name that a file may have for it, the usual one first."""
-        at = self.at(layer)
-        return [f"{name.format(*at)}.{self.suffix}" for name in (self.hf_module, *self.aliases)]
+        names = (self.hf_module, *self.aliases)
+        return [f"{self._numbered(name, layer)}.{self.suffix}" for name in names]
 
     def gguf_name(self, layer: int) -> str:
-        return f"{_GGUF[self.hf_module].format(*self.at(layer))}.{self.suffix}"
+        return f"{self._numbered(_GGUF[self.hf_module], layer)}.{self.suffix}"
+
+    def _numbered(self, name: str, layer: int) -> str:
+        """The name with the numbers that files have for the layer in place of its {}."""
+        at = self.at(layer)
+        return name.format(self.numbers[at[0]], *at[1:]) if self.numbers else name.format(*at)
 
     def to_file(self, x: np.ndarray) -> np.ndarray:
         """One layer's weight from ours to the file's order of axes, or back."""
@@ -108,6 +116,7 @@ class Parameter:
 def parameters(config: Any) -> Iterator[Parameter]:
     """Every leaf of the model's parameter tree."""
     family = family_of(config)
+    stacks = config.stacks if isinstance(config, DecoderConfig) else {}
     leaves, _ = jax.tree_util.tree_flatten_with_path(abstract_params(config))
     for path, leaf in leaves:
         name = path_str(path)
@@ -121,7 +130,9 @@ def parameters(config: Any) -> Iterator[Parameter]:
             if hf_module.startswith(begin)
             for other in others
         )
-        yield Parameter(name, tuple(leaf.shape), transposed, hf_module, suffix, aliases)
+        of = tuple(stacks.get(name.partition("/")[0], ()))
+        numbers = of if of != tuple(range(len(of))) else ()
+        yield Parameter(name, tuple(leaf.shape), transposed, hf_module, suffix, aliases, numbers)
 
 
 OnTensor = Callable[[int], None]

@@ -1,7 +1,7 @@
 """What every decoder's configuration has, read from (and written to) Hugging Face's config.json."""
 
 import dataclasses
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Self
 
 from qlora_jax.errors import QloraError
@@ -62,6 +62,11 @@ class DecoderConfig:
                 f"num_attention_heads {self.num_attention_heads} is not a multiple of "
                 f"num_key_value_heads {self.num_key_value_heads}"
             )
+
+    @property
+    def stacks(self) -> Mapping[str, Sequence[int]]:
+        """The decoder's stacks of layers, and which of the layers each holds."""
+        return {"layers": range(self.num_hidden_layers)}
 
     @property
     def changes_at(self) -> int | None:

@@ -3,6 +3,7 @@
 Letters: B batch, T time, S cache slots, D model, V vocabulary, H heads, Dh size of a head.
 """
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
@@ -17,6 +18,7 @@ from qlora_jax.models.cache import Cache, check_room
 from qlora_jax.models.config import FULL, DecoderConfig
 from qlora_jax.models.positions import count_positions
 from qlora_jax.models.remat import Remat, cheap, named, rematerialized
+from qlora_jax.models.stacks import scan_layers, stack
 
 Rotation = tuple[jax.Array, jax.Array]
 """Cosine and sine, fp32 [B, T, Dh/2]."""
@@ -61,7 +63,8 @@ class Decoder(nnx.Module):
     """The whole decoder. `nnx.state` of it is the parameter tree, layers stacked as [L, ...].
 
     A family overrides `embed`, `rotations`, `rotation_of_layers`, `query_scales` or `head` where it
-    differs.
+    differs, and `measure` and `extra_loss` where more is learned from than the tokens. Layers of
+    another kind than `layers` are a stack of their own, by the name that `config.stacks` has.
     """
 
     def __init__(
@@ -77,16 +80,14 @@ class Decoder(nnx.Module):
         init = nnx.initializers.normal(0.02)
         options: dict[str, Any] = {"dtype": dtype, "param_dtype": param_dtype}
 
-        @nnx.split_rngs(splits=config.num_hidden_layers)
-        @nnx.vmap(in_axes=0, out_axes=0)
-        def stacked(rngs: nnx.Rngs) -> Any:
+        def layer(rngs: nnx.Rngs) -> Any:
             return make_layer(config, **options, rngs=rngs)
 
         self.config = config
         self.embed_tokens = nnx.Embed(
             config.vocab_size, config.hidden_size, embedding_init=init, **options, rngs=rngs
         )
-        self.layers = stacked(rngs)
+        self.layers = stack(layer, len(config.stacks["layers"]), rngs)
         self.norm: Any = make_norm()
         if not config.tie_word_embeddings:
             self.lm_head = nnx.Linear(
@@ -115,6 +116,16 @@ class Decoder(nnx.Module):
         """What each layer's queries are multiplied by, beyond the scale that all of them have."""
         return None
 
+    def measure(self, layer: Any, x: jax.Array, real: jax.Array | None) -> Any:
+        """What `extra_loss` needs of a layer: a pytree. x [B, T, D] goes into its MLP; real [B, T]:
+        the token is no padding (None: none is)."""
+        return None
+
+    def extra_loss(self, measured: Sequence[Any]) -> jax.Array | None:
+        """What is learned beside the mean loss of the tokens, fp32 []: of all that was measured,
+        each entry of several layers, leaves [layers, ...]."""
+        return None
+
     def hidden(
         self,
         input_ids: jax.Array,
@@ -124,11 +135,11 @@ class Decoder(nnx.Module):
         positions: jax.Array | None = None,
         cache: Cache | None = None,
         remat: Remat = "none",
-    ) -> tuple[jax.Array, Cache | None]:
+    ) -> tuple[jax.Array, Cache | None, jax.Array | None]:
         """Final, normalized hidden states [B, T, D]; see `families.apply_hidden`."""
         config, (batch, time) = self.config, input_ids.shape
         start = jnp.zeros((), jnp.int32) if cache is None else cache.index
-        valid = None if attention_mask is None else attention_mask.astype(bool)
+        valid = real = None if attention_mask is None else attention_mask.astype(bool)
         if positions is None:
             positions = count_positions(valid, segment_ids, batch, time)
             if cache is not None:
@@ -150,12 +161,10 @@ class Decoder(nnx.Module):
         if mask is not None and segment_ids is not None:
             mask = mask & same_segment(segment_ids)
 
-        graphdef, stacked = nnx.split(self.layers)
-
-        def layer_step(carry: Any, xs: Any) -> tuple[Any, None]:
+        def layer_step(graphdef: Any, carry: Any, xs: Any) -> tuple[Any, Any]:
             x, keys, values = carry
             x = named("layer_input", x)
-            state, number, window, kind, scale = xs
+            state, (number, window, kind, scale) = xs
             layer: DecoderLayer = nnx.merge(graphdef, state)
             rotation = None if not rotations else rotations[0]
             if kind is not None:
@@ -173,8 +182,13 @@ class Decoder(nnx.Module):
             if mask is not None and window is not None:
                 here = mask & within_window(queries, slots, window)
             x = named("attended", layer.attend(x, q, k, v, here))
-            return (layer.feed_forward(x), keys, values), None
+            measured = self.measure(layer, x, real)
+            return (layer.feed_forward(x), keys, values), measured
 
+        steps, states = {}, {}
+        for name in config.stacks:
+            graphdef, states[name] = nnx.split(getattr(self, name))
+            steps[name] = rematerialized(functools.partial(layer_step, graphdef), remat)
         # The cache travels in the carry, where XLA updates it in place; as scan inputs and outputs
         # it would be copied whole at every token.
         carry = (
@@ -186,9 +200,8 @@ class Decoder(nnx.Module):
         kinds = jnp.asarray(self.rotation_of_layers(), jnp.int32) if several else None
         scales = self.query_scales()
         scales = None if scales is None else jnp.asarray(scales, jnp.float32)
-        xs = (stacked, numbers, windows, kinds, scales)
-        step: Any = rematerialized(layer_step, remat)
-        (x, keys, values), _ = jax.lax.scan(step, carry, xs)
+        xs = (numbers, windows, kinds, scales)
+        (x, keys, values), measured = scan_layers(steps, carry, states, config.stacks, xs)
         if cache is not None and valid is not None:
             cache = Cache(
                 k=keys,
@@ -197,7 +210,7 @@ class Decoder(nnx.Module):
                 positions=positions[:, -1] + 1,
                 index=start + time,
             )
-        return self.norm(x), cache
+        return self.norm(x), cache, self.extra_loss(measured)
 
     def head(self, hidden: jax.Array) -> jax.Array:
         """hidden [..., D] -> logits [..., V], accumulated and returned in fp32."""

@@ -111,8 +111,7 @@ class SparseMLP(nnx.Module):
 
         Their weights are their probabilities, made to sum to one if `renormalize`.
         """
-        probabilities = jax.nn.softmax(self.router(x), axis=-1)
-        weights, experts = jax.lax.top_k(probabilities, self.chosen)
+        probabilities, weights, experts = self._choose(x)
         if self.renormalize:
             weights = weights / jnp.sum(weights, axis=-1, keepdims=True)
         experts = experts.reshape(-1)
@@ -123,6 +122,19 @@ class SparseMLP(nnx.Module):
             places=jnp.argsort(order),
             sizes=jnp.bincount(experts, length=probabilities.shape[-1]),
         )
+
+    def load(self, x: jax.Array, real: jax.Array | None) -> jax.Array:
+        """x [B, T, D] -> fp32 [2, E]: how many tokens chose each expert, and the sum over tokens of
+        its probability. Tokens where real [B, T] is false do not count."""
+        probabilities, _, experts = self._choose(x)
+        count = jnp.ones(x.shape[:2]) if real is None else real.astype(jnp.float32)
+        chosen = jnp.sum(jax.nn.one_hot(experts, probabilities.shape[-1]), axis=-2)
+        return jnp.sum(count[..., None] * jnp.stack([chosen, probabilities]), axis=(1, 2))
+
+    def _choose(self, x: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """x [B, T, D] -> probabilities [B, T, E]; of the k greatest the values and the experts."""
+        probabilities = jax.nn.softmax(self.router(x), axis=-1)
+        return probabilities, *jax.lax.top_k(probabilities, self.chosen)
 
     def widen(self, x: jax.Array, routing: Routing) -> tuple[jax.Array, jax.Array]:
         """x [B, T, D] -> gate and up, [P, F] in the order of the pairs."""
@@ -145,3 +157,14 @@ class SparseMLP(nnx.Module):
         """x [B, T, D] -> [B, T, D]."""
         routing = self.route(x)
         return self.narrow(*self.widen(x, routing), routing)
+
+
+def load_balancing_loss(load: jax.Array, chosen: int) -> jax.Array:
+    """E times the sum over experts of (part of the tokens that chose it, mean probability of it).
+
+    load [2, E]: of `SparseMLP.load`, summed over layers; chosen: k. fp32 []: k where tokens are
+    spread evenly, more where they are not. As transformers has it for these families
+    (Switch Transformer, arXiv 2101.03961, equations 4 to 6, of all layers' tokens together).
+    """
+    tokens = jnp.maximum(jnp.sum(load[0]) / chosen, 1.0)
+    return load.shape[1] * jnp.sum(load[0] * load[1]) / tokens**2

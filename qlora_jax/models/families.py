@@ -131,7 +131,7 @@ def apply_hidden(
     cache: Cache | None = None,
     dtype: DTypeLike = jnp.float32,
     remat: Remat = "none",
-) -> tuple[jax.Array, Cache | None]:
+) -> tuple[jax.Array, Cache | None, jax.Array | None]:
     """A decoder's hidden states after the final norm.
 
     input_ids       [B, T] int
@@ -146,7 +146,8 @@ def apply_hidden(
     dtype           of the computation; norms, softmax and rotation are fp32 throughout.
     remat           what the backward pass keeps of each layer: see `remat.RematPolicy`
 
-    Returns hidden [B, T, D] and the extended cache (None if none was given).
+    Returns hidden [B, T, D], the extended cache (None if none was given), and what is to be added
+    to the mean loss of the tokens in training, fp32 [] (None for most models: nothing).
     """
     return bind(config, params, dtype).hidden(
         input_ids,
@@ -174,5 +175,5 @@ def apply(
     **settings: Any,
 ) -> tuple[jax.Array, Cache | None]:
     """Logits, fp32 [B, T, V], and the extended cache; arguments as for `apply_hidden`."""
-    hidden, cache = apply_hidden(config, params, input_ids, dtype=dtype, **settings)
+    hidden, cache, _ = apply_hidden(config, params, input_ids, dtype=dtype, **settings)
     return apply_head(config, params, hidden, dtype=dtype), cache

@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Self
+from typing import Any, ClassVar, Self
 
 import jax
 from flax import nnx
@@ -197,7 +197,10 @@ class Layer(PreNormLayer):
             **options,
         )
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.mlp = MLP(
+        self.mlp: Any = self.make_mlp(config, **options)
+
+    def make_mlp(self, config: Any, **options: Any) -> nnx.Module:
+        return MLP(
             config.hidden_size, config.intermediate_size, use_bias=config.mlp_bias, **options
         )
 
@@ -210,11 +213,13 @@ class Layer(PreNormLayer):
 class Llama(Decoder):
     """The whole decoder; see `Decoder`."""
 
+    layer: ClassVar[Any] = Layer
+
     def __init__(
-        self, config: LlamaConfig, *, dtype: DTypeLike, param_dtype: DTypeLike, rngs: nnx.Rngs
+        self, config: Any, *, dtype: DTypeLike, param_dtype: DTypeLike, rngs: nnx.Rngs
     ) -> None:
         norm = functools.partial(RMSNorm, config.hidden_size, config.rms_norm_eps)
-        super().__init__(config, Layer, norm, dtype=dtype, param_dtype=param_dtype, rngs=rngs)
+        super().__init__(config, self.layer, norm, dtype=dtype, param_dtype=param_dtype, rngs=rngs)
 
     def rotations(self, positions: jax.Array) -> Sequence[Rotation]:
         config = self.config

@@ -128,8 +128,8 @@ def test_gate_and_up_share_a_scaling_with_peft(tmp_path):
     qj.peft.save(tmp_path / "same", adapters, model, config)
     about = json.loads((tmp_path / "same" / "adapter_config.json").read_text())
     assert about["target_modules"] == ["w1", "w3"]
-    assert about["rank_pattern"] == {"(gate_up_proj)": 2 * R}
-    assert about["alpha_pattern"] == {"(gate_up_proj)": 16}
+    assert about["rank_pattern"] == {r"(experts\.gate_up_proj)": 2 * R}
+    assert about["alpha_pattern"] == {r"(experts\.gate_up_proj)": 16}
     path = "layers/mlp/experts/up_proj/kernel"
     adapters[path] = dataclasses.replace(adapters[path], scaling=3.0)
     with pytest.raises(QloraError, match="gate_proj and up_proj of experts have the scalings"):

@@ -162,22 +162,50 @@ def check_logits_and_gradients(both: Pair, tmp_path: Path) -> None:
 def _peer_gradients(
     peer: Any, given: Batch, folder: Path
 ) -> tuple[np.ndarray, dict[str, np.ndarray]]:
-    """Logits, and the gradients by the names that a checkpoint has for the parameters.
-
-    The gradients are written as if they were weights: transformers may hold what are several
-    tensors of a file as one parameter.
-    """
+    """Logits, and the gradients by the names that a checkpoint has for the parameters."""
     peer = copy.deepcopy(peer)
     logits = peer(**peer_inputs(peer, given)).logits
     labels = torch.from_numpy(given.labels).long()
-    torch.nn.functional.cross_entropy(
+    loss = torch.nn.functional.cross_entropy(
         logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten(), reduction="sum"
-    ).backward()
+    )
+    return logits.detach().numpy(), _gradients_as_weights(peer, loss, folder)
+
+
+def _gradients_as_weights(peer: Any, loss: torch.Tensor, folder: Path) -> dict[str, np.ndarray]:
+    """transformers may hold what are several tensors of a file as one parameter: written as if they
+    were weights, gradients have the names of a checkpoint."""
+    loss.backward()
     with torch.no_grad():
         for parameter in peer.parameters():
             parameter.copy_(0 if parameter.grad is None else parameter.grad)
     peer.save_pretrained(folder)
-    return logits.detach().numpy(), load_file(folder / "model.safetensors")
+    return load_file(folder / "model.safetensors")
+
+
+def check_own_loss(both: Pair, tmp_path: Path) -> list[float]:
+    """The mean of `model.loss` is the loss that transformers' model returns, within 1e-4, and so
+    are its gradients within 1e-3 of the largest entry. The losses of the cases, each one document a
+    row."""
+    model = both.model
+
+    def mean(params: Any, batch: Any) -> Any:
+        total, tokens = model.loss(params, batch)
+        return total / tokens
+
+    run, losses = jax.jit(jax.value_and_grad(mean)), []
+    for case in ("whole", "left", "right"):
+        given = batch(case)
+        labels = np.where(given.ids % 5 == 0, -100, given.labels)
+        fed = {"input_ids": given.ids, "labels": labels, "attention_mask": given.real}
+        ours, ours_gradients = run(model.params, fed)
+        peer = copy.deepcopy(both.peer)
+        loss = peer(**peer_inputs(peer, given), labels=torch.from_numpy(labels).long()).loss
+        np.testing.assert_allclose(ours, loss.item(), rtol=0, atol=1e-4, err_msg=case)
+        gradients = _gradients_as_weights(peer, loss, tmp_path / f"own {case}")
+        _compare_gradients(model, ours_gradients, gradients, case)
+        losses.append(float(ours))
+    return losses
 
 
 def _compare_gradients(

@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import numpy as np
 import pytest
 import transformers
 
@@ -11,6 +12,7 @@ from tests.parity.decoders import (
     check_adapters,
     check_greedy,
     check_logits_and_gradients,
+    check_own_loss,
     pair,
 )
 
@@ -82,8 +84,34 @@ VARIANTS: dict[str, tuple[Any, dict[str, Any]]] = {
             "rope_parameters": YARN,
         },
     ),
+    "qwen3, every other layer dense": (
+        transformers.Qwen3MoeConfig,
+        {
+            "moe_intermediate_size": 32,
+            "num_experts": 4,
+            "num_experts_per_tok": 2,
+            "decoder_sparse_step": 2,
+            "num_hidden_layers": 4,
+        },
+    ),
+    "qwen3, some layers dense": (
+        transformers.Qwen3MoeConfig,
+        {
+            "moe_intermediate_size": 48,
+            "num_experts": 4,
+            "num_experts_per_tok": 3,
+            "norm_topk_prob": True,
+            "attention_bias": True,
+            "num_hidden_layers": 8,
+            "decoder_sparse_step": 2,
+            "mlp_only_layers": [0, 5],
+            "use_sliding_window": True,
+            "sliding_window": 8,
+        },
+    ),
 }
 FAMILIES = ("mixtral", "qwen3")
+DENSE = ("qwen3, every other layer dense", "qwen3, some layers dense")
 
 
 def peer_config(variant: str) -> Any:
@@ -96,7 +124,21 @@ def test_logits_and_gradients(variant, tmp_path):
     check_logits_and_gradients(pair(peer_config(variant), tmp_path / "base"), tmp_path)
 
 
-@pytest.mark.parametrize("variant", FAMILIES)
+@pytest.mark.parametrize("variant", ["mixtral, window", "qwen3", DENSE[0]])
+def test_load_balancing_loss(variant, tmp_path):
+    """Of all layers with experts together, without padding, and added to the mean of the tokens."""
+    config = peer_config(variant)
+    losses = {}
+    for coefficient in (0.0, 0.5):
+        config.output_router_logits, config.router_aux_loss_coef = True, coefficient
+        folder = tmp_path / str(coefficient)
+        losses[coefficient] = check_own_loss(pair(config, folder), folder)
+    # Of k experts of a token it is k at least, up to a chance imbalance that is in one's favor.
+    gain = np.subtract(losses[0.5], losses[0.0])
+    assert np.all(gain > 0.45 * config.num_experts_per_tok)
+
+
+@pytest.mark.parametrize("variant", [*FAMILIES, *DENSE])
 def test_greedy(variant, tmp_path):
     check_greedy(pair(peer_config(variant), tmp_path))
 
@@ -109,6 +151,8 @@ def test_greedy(variant, tmp_path):
         ("mixtral", qj.LoraConfig(rank=4, alpha=8)),
         # Twice the experts' rank is the usual one.
         ("qwen3", qj.LoraConfig(rank=4, alpha=8, rslora=True, rank_pattern={r"experts\..*": 2})),
+        # Modules that are called alike in both kinds of layers, but of another rank in one.
+        (DENSE[1], qj.LoraConfig(rank=4, rank_pattern={r"dense_layers\..*(q|down)_proj": 2})),
     ],
 )
 def test_adapters(variant, config, tmp_path):

@@ -46,8 +46,9 @@ def fused_settings(adapters: Adapters, *, rslora: bool) -> dict[str, tuple[int, 
             )
         (scaling,), rank = scalings, sum(w.rank for w in factors)
         if isinstance(scaling, float | int):
-            # Before PEFT's own pattern ".*\.gate_up_proj", also where it has sorted them.
-            found[f"({name})"] = rank, scaling * (math.sqrt(rank) if rslora else rank)
+            # Before PEFT's own pattern ".*\.gate_up_proj", also where it has sorted them. Layers
+            # without experts have a down_proj too.
+            found[rf"(experts\.{name})"] = rank, scaling * (math.sqrt(rank) if rslora else rank)
     return found
 
 
@@ -84,10 +85,10 @@ def split_experts(
         prefix, layer, factor = match["prefix"], int(match["layer"]), match["factor"]
         name = modules[match["module"]]
         if name == "gate":
-            parts[f"{prefix}{router.module(layer)}.lora_{factor}.weight"] = x
+            parts[f"{prefix}{router.hf_module.format(layer)}.lora_{factor}.weight"] = x
             continue
         for part, expert, one in _pieces(key, x, name, factor, experts):
-            module = ours[part].module(layer * experts + expert)
+            module = ours[part].hf_module.format(layer, expert)
             parts[f"{prefix}{module}.lora_{factor}.weight"] = one
         module = f"model.layers.{layer}.mlp.experts.{name}"
         found = setting(about, "r", module), setting(about, "lora_alpha", module)

@@ -175,16 +175,18 @@ def _describe(
     """Of LoRA: the commonest rank and alpha, and patterns for the others."""
     settings: dict[str, tuple[int, float]] = {}
     low_rank = {p: w for p, w in adapters.items() if isinstance(w, LoraWeights)}
+    stacks = collections.Counter((p.hf_module, p.suffix) for p in table.values())
     for path, adapter in low_rank.items():
         divisor = math.sqrt(adapter.rank) if config.rslora else adapter.rank
-        module = table[path].hf_module
-        if isinstance(adapter.scaling, tuple):
-            for layer in _layers(table[path], adapter):
-                alpha = _number(adapter.scaling[layer] * divisor)
-                settings[table[path].module(layer)] = (adapter.rank, alpha)
+        parameter, scaling = table[path], adapter.scaling
+        # What may differ among layers is said layer by layer.
+        if isinstance(scaling, tuple) or stacks[parameter.hf_module, parameter.suffix] > 1:
+            for layer in _layers(parameter, adapter):
+                one = scaling[layer] if isinstance(scaling, tuple) else scaling
+                settings[parameter.module(layer)] = (adapter.rank, _number(one * divisor))
         else:
-            name = module.rpartition("{}.")[2]
-            settings[name] = (adapter.rank, _number(adapter.scaling * divisor))
+            name = parameter.hf_module.split("{}.", 1)[-1].replace("{}", r"\d+")
+            settings[name] = (adapter.rank, _number(scaling * divisor))
     usual = collections.Counter(settings.values()).most_common(1)
     rank, alpha = usual[0][0] if usual else (config.rank, config.alpha)
     lengths = {w.magnitude is not None for w in low_rank.values()}
