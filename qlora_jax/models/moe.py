@@ -225,5 +225,7 @@ class Moe(llama.Llama):
         loads = [jnp.sum(load, axis=0) for load in measured if load is not None]
         if not loads:
             return None
-        balance = load_balancing_loss(sum(loads), self.config.num_experts_per_tok)
+        balance = load_balancing_loss(
+            jnp.sum(jnp.stack(loads), axis=0), self.config.num_experts_per_tok
+        )
         return self.config.router_aux_loss_coef * balance

@@ -4,11 +4,12 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 from flax import nnx
 
 from qlora_jax import lora
-from qlora_jax.models.experts import SparseMLP
+from qlora_jax.models.experts import SparseMLP, load_balancing_loss
 from tests.lift.oracle import check, compare, named, normal
 
 B, T, D, F, E, CHOSEN = 2, 9, 64, 96, 5, 2
@@ -16,8 +17,8 @@ X = normal(0, B, T, D)
 EXPERTS = {f"experts/{name}/kernel": (1, 1) for name in ("gate_proj", "up_proj", "down_proj")}
 
 
-def make(renormalize: bool) -> tuple[Any, dict[str, Any]]:
-    model = SparseMLP(
+def build(renormalize: bool) -> SparseMLP:
+    return SparseMLP(
         width=D,
         hidden=F,
         experts=E,
@@ -27,7 +28,10 @@ def make(renormalize: bool) -> tuple[Any, dict[str, Any]]:
         param_dtype=jnp.float32,
         rngs=nnx.Rngs(0),
     )
-    graph, state = nnx.split(model)
+
+
+def make(renormalize: bool) -> tuple[Any, dict[str, Any]]:
+    graph, state = nnx.split(build(renormalize))
     params = jax.tree.map(lambda x: 8 * x, nnx.to_pure_dict(state))
     return (lambda params, x: nnx.merge(graph, params)(x)), params
 
@@ -75,3 +79,22 @@ def test_all_linear_adapts_every_expert_and_leaves_the_router() -> None:
         _, k, n = shapes[path]
         assert (adapter.a.shape, adapter.b.shape) == ((E, k, 4), (E, 4, n))
     assert lora.count(adapters) == E * 4 * 3 * (D + F)
+
+
+def test_load_balancing_loss_of_known_loads() -> None:
+    """Against the definition, at what is even and at what is not (chosen, probability)."""
+    even = jnp.asarray([[6.0, 6, 6, 6], [3, 3, 3, 3]])
+    assert load_balancing_loss(even, 2) == 2
+    one_alone = jnp.asarray([[12.0, 0, 0, 0], [12, 0, 0, 0]])
+    assert load_balancing_loss(one_alone, 1) == 4
+    assert load_balancing_loss(jnp.zeros((2, 4)), 2) == 0
+
+
+def test_load_of_the_tokens_that_are_real() -> None:
+    _, params = make(renormalize=False)
+    real = np.arange(B * T).reshape(B, T) % 3 > 0
+    load = nnx.merge(nnx.graphdef(build(False)), params).load(X, jnp.asarray(real))
+    probabilities = np.asarray(jax.nn.softmax(X @ params["router"]["kernel"], axis=-1))[real]
+    chosen = np.argsort(probabilities, axis=-1)[:, -CHOSEN:]
+    np.testing.assert_array_equal(load[0], np.bincount(chosen.reshape(-1), minlength=E))
+    np.testing.assert_allclose(load[1], probabilities.sum(0), rtol=1e-5)

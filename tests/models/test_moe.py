@@ -1,6 +1,9 @@
 """Mixtral and Qwen3-MoE by themselves; that they are transformers' is shown in tests/parity."""
 
+import dataclasses
+import functools
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -10,7 +13,9 @@ import qlora_jax as qj
 from qlora_jax import QloraError, models
 from qlora_jax.checkpoints.names import parameters
 from qlora_jax.models import read_config
+from qlora_jax.models.stacks import patterns
 from qlora_jax.quant import is_quantized
+from tests.models import decoders
 
 MIXTRAL_8X7B = {
     "model_type": "mixtral",
@@ -45,6 +50,26 @@ QWEN3_30B_A3B = {
     "max_position_embeddings": 40960,
     "rope_theta": 1000000.0,
 }
+
+TINY = {
+    "vocab_size": 64,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "num_local_experts": 3,
+    "num_experts_per_tok": 2,
+}
+SMALL = TINY | {
+    "moe_intermediate_size": 16,
+    "num_hidden_layers": 6,
+    "head_dim": 8,
+    "num_experts": 4,
+    "decoder_sparse_step": 2,
+    "mlp_only_layers": [5, 9],
+}
+TURNS = QWEN3_30B_A3B | SMALL | {"num_hidden_layers": 4, "mlp_only_layers": []}
 
 
 def four_bit(k: int, n: int) -> int:
@@ -91,8 +116,74 @@ def test_published_models_in_four_bits(config, gib, trained):
 def test_a_configuration_survives_its_file(config):
     ours = read_config(config)
     assert read_config(ours.to_hf()) == ours
-    other = read_config(config | {"sliding_window": 8, "use_sliding_window": True})
-    assert other.sliding_window == 8 and read_config(other.to_hf()) == other
+    changes = {"sliding_window": 8, "use_sliding_window": True, "output_router_logits": True}
+    other = read_config(config | changes | {"router_aux_loss_coef": 0.02})
+    assert other.sliding_window == 8 and other.router_aux_loss_coef == 0.02
+    assert other.output_router_logits and read_config(other.to_hf()) == other
+
+
+def test_layers_without_experts():
+    """Those that are listed, and all but every other one; in files they have their own numbers."""
+    config = read_config(QWEN3_30B_A3B | SMALL)
+    assert config.dense_layers == (0, 2, 4, 5) and config.stacks["layers"] == [1, 3]
+    assert read_config(config.to_hf()) == config
+    table = {p.path: p for p in parameters(config)}
+    up = table["dense_layers/mlp/up_proj/kernel"]
+    numbers = [int(up.hf_name(i).split(".")[2]) for i in range(up.layers)]
+    assert numbers == [0, 2, 4, 5] and up.shape == (4, 32, 48)
+    experts = table["layers/mlp/experts/up_proj/kernel"]
+    assert experts.hf_name(4) == "model.layers.3.mlp.experts.0.up_proj.weight"
+    assert experts.at(4) == (1, 0)
+
+
+def test_cache_and_packing_with_layers_of_two_kinds():
+    decoders.check_cache_and_packing(read_config(TURNS))
+
+
+def test_lora_step_with_layers_of_two_kinds():
+    """Their loss has the load of the experts too."""
+    decoders.check_lora_step(read_config(TURNS | {"output_router_logits": True}))
+
+
+def test_the_program_does_not_grow_with_layers_that_take_turns():
+    def lines(layers: int, **changes: Any) -> int:
+        hf = QWEN3_30B_A3B | {"decoder_sparse_step": 2, "num_hidden_layers": layers} | changes
+        config = read_config(hf)
+        ids = jax.ShapeDtypeStruct((1, 8), jnp.int32)
+        run = functools.partial(models.apply, config)
+        return str(jax.make_jaxpr(run)(models.abstract_params(config), ids)).count("\n")
+
+    assert lines(48) == lines(4)
+    assert lines(40, decoder_sparse_step=1, mlp_only_layers=[0]) < 1.1 * lines(4)
+
+
+def test_patterns_of_layers():
+    def found(order: str) -> list[tuple[str, int]]:
+        return [("".join(unit), times) for unit, times in patterns(list(order))]
+
+    assert found("SSSS") == [("S", 4)]
+    assert found("DSDSDS") == [("DS", 3)]
+    assert found("DSSSS") == [("D", 1), ("S", 4)]
+    assert found("DDSDDSSS") == [("DDS", 2), ("S", 2)]
+    assert found("DS") == [("D", 1), ("S", 1)]
+
+
+def test_padding_has_no_part_in_the_balance():
+    config = read_config(MIXTRAL_8X7B | TINY | {"output_router_logits": True})
+    params = decoders.random_params(config)
+    ids = jax.random.randint(jax.random.key(1), (1, 17), 0, config.vocab_size)
+    real = jnp.arange(17)[None] < 12
+
+    def mean(balance: float, ids: Any, real: Any) -> float:
+        changed = dataclasses.replace(config, router_aux_loss_coef=balance)
+        model = qj.Model(changed, params, None, "", jnp.float32)
+        batch = {"input_ids": ids, "labels": jnp.where(real, ids, -100), "attention_mask": real}
+        total, tokens = jax.jit(model.loss)(params, batch)
+        return float(total / tokens)
+
+    whole = mean(0.0, ids[:, :12], real[:, :12]), mean(2.0, ids[:, :12], real[:, :12])
+    assert (mean(0.0, ids, real), mean(2.0, ids, real)) == pytest.approx(whole, rel=1e-5)
+    assert (whole[1] - whole[0]) / 2 == pytest.approx(config.num_experts_per_tok, rel=0.2)
 
 
 def test_every_expert_has_a_tensor_of_its_own_in_files():
@@ -112,13 +203,13 @@ def test_every_expert_has_a_tensor_of_its_own_in_files():
 @pytest.mark.parametrize(
     ("config", "change", "message"),
     [
-        (QWEN3_30B_A3B, {"decoder_sparse_step": 2}, "experts in every layer"),
-        (QWEN3_30B_A3B, {"mlp_only_layers": [0]}, r"mlp_only_layers \[0\]"),
+        (QWEN3_30B_A3B, {"decoder_sparse_step": 49}, "no layer has experts"),
+        (QWEN3_30B_A3B, {"decoder_sparse_step": 0}, "decoder_sparse_step is 0"),
+        (QWEN3_30B_A3B, {"mlp_only_layers": ["0"]}, "mlp_only_layers is '0'"),
         (QWEN3_30B_A3B, {"num_experts": None}, "lacks num_experts"),
         (QWEN3_30B_A3B, {"moe_intermediate_size": None}, r"lacks \['moe_intermediate_size'\]"),
         (MIXTRAL_8X7B, {"num_experts_per_tok": 9}, "there are 8 experts"),
         (MIXTRAL_8X7B, {"num_local_experts": 0}, "num_experts is 0, expected at least 1"),
-        (MIXTRAL_8X7B, {"output_router_logits": True}, "load-balancing loss"),
         (MIXTRAL_8X7B, {"router_jitter_noise": 0.1}, "router_jitter_noise 0.1"),
         (MIXTRAL_8X7B, {"hidden_act": "gelu"}, "hidden_act 'gelu'"),
     ],

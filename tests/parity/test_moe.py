@@ -151,8 +151,20 @@ def test_greedy(variant, tmp_path):
         ("mixtral", qj.LoraConfig(rank=4, alpha=8)),
         # Twice the experts' rank is the usual one.
         ("qwen3", qj.LoraConfig(rank=4, alpha=8, rslora=True, rank_pattern={r"experts\..*": 2})),
-        # Modules that are called alike in both kinds of layers, but of another rank in one.
-        (DENSE[1], qj.LoraConfig(rank=4, rank_pattern={r"dense_layers\..*(q|down)_proj": 2})),
+        # Attention of both kinds of layers, of another rank in one. PEFT takes the names of an MLP
+        # for those of experts.
+        (
+            DENSE[1],
+            qj.LoraConfig(
+                rank=4,
+                targets=(
+                    "q_proj",
+                    "v_proj",
+                    *(f"experts.{x}_proj" for x in ("gate", "up", "down")),
+                ),
+                rank_pattern={r"dense_layers\.self_attn\.q_proj": 2},
+            ),
+        ),
     ],
 )
 def test_adapters(variant, config, tmp_path):

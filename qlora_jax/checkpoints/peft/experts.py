@@ -52,6 +52,12 @@ def fused_settings(adapters: Adapters, *, rslora: bool) -> dict[str, tuple[int, 
     return found
 
 
+def unread_by_peft(adapters: Adapters) -> list[str]:
+    """Those that PEFT passes over: beside transformers 5 it takes every adapter of a module with
+    the last name of an expert's part for one of experts."""
+    return [path for path in adapters if re.match(r"dense_layers/mlp/", path)]
+
+
 def split_experts(
     tensors: Mapping[str, np.ndarray], about: Mapping[str, Any], table: Mapping[str, Parameter]
 ) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
@@ -95,8 +101,13 @@ def split_experts(
         if settings.setdefault(name, found) != found:
             raise QloraError(f"not supported: ranks or alphas of {name} that differ among layers")
     last = {part: p.hf_module.rpartition(".")[2] for part, p in ours.items()}
-    own = {last[part]: found for name, found in settings.items() for part in _PARTS[name]}
-    targets = [*own, *([router.hf_module.rpartition(".")[2]] if "gate" in chosen else [])]
+    ends = [last[part] for name in settings for part in _PARTS[name]]
+    within = any(p.numbers for p in ours.values())
+    # Where some layers have one MLP in place of experts, its parts have the same last names.
+    named = [f"experts.{i}.{end}" for end in ends for i in range(experts)] if within else ends
+    before = r"experts\.\d+\." if within else ""
+    own = {before + last[part]: found for name, found in settings.items() for part in _PARTS[name]}
+    targets = [*named, *([router.hf_module.rpartition(".")[2]] if "gate" in chosen else [])]
     return parts, {
         **about,
         "target_parameters": None,

@@ -2,6 +2,7 @@
 
 import collections
 import json
+import logging
 import math
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -22,7 +23,7 @@ from qlora_jax.checkpoints.peft.description import (
     WEIGHTS,
     factor_names,
 )
-from qlora_jax.checkpoints.peft.experts import fused_settings
+from qlora_jax.checkpoints.peft.experts import fused_settings, unread_by_peft
 from qlora_jax.checkpoints.peft.target_names import target_names, whole_modules
 from qlora_jax.checkpoints.peft.tied import EMBEDDING, check_tied, is_tied, tied_head
 from qlora_jax.checkpoints.tensors import fault_of
@@ -31,6 +32,8 @@ from qlora_jax.lora import Adapters, LoraConfig, LoraWeights, VeraConfig, VeraWe
 from qlora_jax.lora.tree import named_leaves
 from qlora_jax.lora.vera import PROJECTIONS, VeraProjections, draw_projections
 from qlora_jax.quant import path_str
+
+logger = logging.getLogger("qlora_jax.peft")
 
 
 def save(
@@ -45,7 +48,8 @@ def save(
     rsLoRA and VeRA's settings. An adapter already in `folder` is replaced. Raises QloraError,
     before anything is written, for a path that the model lacks, for numbers that are not finite,
     for a tied embedding under DoRA, and if VeRA's matrices are to be left out but are not those
-    that PEFT would draw.
+    that PEFT would draw. Adapters that are written but that PEFT passes over are logged as
+    a warning.
     """
     try:
         from safetensors.numpy import save_file
@@ -75,6 +79,13 @@ def save(
     else:
         plain = config if isinstance(config, LoraConfig) else LoraConfig()
         description = _describe(adapters, table, model, plain)
+    if unread := unread_by_peft(adapters):
+        logger.warning(
+            "%s: PEFT beside transformers 5 passes over the adapters of %s, since it takes their "
+            "names for those of experts; they are read here, and merged weights have them",
+            folder,
+            ", ".join(unread),
+        )
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     with new_file(folder / WEIGHTS) as part:
