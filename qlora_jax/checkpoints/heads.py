@@ -21,7 +21,7 @@ from qlora_jax.quant import QuantizedArray
 
 logger = logging.getLogger("qlora_jax.load")
 
-_BODY = ("embeddings", "encoder")
+BODY = ("embeddings", "encoder")
 """What is no head."""
 
 _OLD = {"weight": "gamma", "bias": "beta"}
@@ -68,7 +68,7 @@ class HeadRequest:
             own = list(group)
             found = [fits[p.path] for p in own if p.path in fits]
             other = self.num_labels is not None and not all(found)
-            if module in _BODY or (found and not other):
+            if module in BODY or (found and not other):
                 continue
             made |= {parameter.path: parameter for parameter in own}
             why = f"is not for {self.num_labels} labels" if found else "is not there"
@@ -119,7 +119,7 @@ class EncoderTensors:
         return self.inside.read(self._as_stored(parameter), layer)
 
     def ignorable(self, name: str) -> bool:
-        if name.removeprefix(self._prefix).split(".")[0] in _BODY:
+        if name.removeprefix(self._prefix).split(".")[0] in BODY:
             # Numbers from zero on; and a table that DeBERTa-v3 was trained with and does not use.
             return name.endswith(("position_ids", "embeddings.position_embeddings.weight"))
         return True  # of another head, or the embedding once more

@@ -6,22 +6,30 @@ from typing import Any, Literal, get_args
 
 import numpy as np
 
+from qlora_jax.checkpoints.any_model import AnyModel
+from qlora_jax.checkpoints.encoder import EncoderModel
+from qlora_jax.checkpoints.seq2seq import Seq2SeqModel
 from qlora_jax.data import (
     Example,
+    LabelledText,
+    Labels,
     Pair,
     PairFormat,
     TokenizedDataset,
     mix,
     read_examples,
+    read_labelled,
     read_pairs,
     tokenize,
+    tokenize_labelled,
     tokenize_pairs,
+    tokenize_seq2seq,
 )
 from qlora_jax.data.tokenize import Template
 from qlora_jax.errors import QloraError
 
-DatasetFormat = Literal["auto", PairFormat]
-Rows = Sequence[Example] | Sequence[Pair]
+DatasetFormat = Literal["auto", "classification", PairFormat]
+Rows = Sequence[Example] | Sequence[Pair] | Sequence[LabelledText]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,17 +70,18 @@ class DataOptions:
     of several, an epoch has examples in proportion to their weights; without weights, all once."""
     dataset_format: DatasetFormat = "auto"
     """How rows are to be read; auto: {"messages": [...]}, {"prompt", "completion"} or {"question",
-    "answer"}, told by their fields; the others: as qlora.py names them, and text ({"text"})."""
+    "answer"}, told by their fields; classification: a "label" beside "text", "sentence" or two
+    texts, as GLUE has them; the others: as qlora.py names them, and text ({"text"})."""
     eval_data: str | None = None
     """Held-out rows, from the same kinds of places; not the rows of --data."""
     eval_count: int = 0
     """Without --eval-data: hold out so many rows of --data, chosen by --training.seed."""
     max_length: int = 1024
-    """Tokens of an example of format auto; longer ones are cut on the right."""
+    """Tokens of an example of format auto or classification; longer ones are cut on the right."""
     source_max_length: int = 1024
-    """In the other formats: tokens of the source, which is read."""
+    """In the other formats, and of an encoder-decoder: tokens of the source, which is read."""
     target_max_length: int = 256
-    """In the other formats: tokens of the target, which is learned."""
+    """In the other formats, and of an encoder-decoder: tokens of the target, which is learned."""
     train_on_source: bool = False
     """In the other formats: learn the source too."""
     template: Template = "auto"
@@ -112,31 +121,51 @@ class DataOptions:
                 )
         return train, held_out, weights
 
-    def tokenize(self, rows: Rows, tokenizer: Any) -> TokenizedDataset:
-        """One source's rows as token ids. Raises QloraError as `data.tokenize`."""
-        pairs = [row for row in rows if isinstance(row, Pair)]
-        if not pairs:
-            examples = [row for row in rows if isinstance(row, Example)]
-            return tokenize(examples, tokenizer, self.max_length, self.template)
-        return tokenize_pairs(
-            pairs,
-            tokenizer,
-            source_max_length=self.source_max_length,
-            target_max_length=self.target_max_length,
-            train_on_source=self.train_on_source,
-        )
+    def labels(self, *sources: Sequence[Rows]) -> Labels | None:
+        """What there is to predict, if the rows are to be classified. Raises as `Labels.of`."""
+        rows = [row for part in sources for rows in part for row in rows]
+        labelled = [row for row in rows if isinstance(row, LabelledText)]
+        if labelled and len(labelled) < len(rows):
+            raise QloraError("rows of format classification cannot be mixed with others")
+        return Labels.of(labelled) if labelled else None
+
+    def tokenize(self, rows: Any, model: AnyModel, labels: Labels | None) -> TokenizedDataset:
+        """One source's rows as the model takes them. Raises QloraError as `data.tokenize` and its
+        kin, and for rows that are not what the model is trained on."""
+        if isinstance(model, EncoderModel) != (labels is not None):
+            raise QloraError(
+                f"{model!r}: --dataset-format classification is for encoders, and what they need"
+            )
+        lengths = {
+            "source_max_length": self.source_max_length,
+            "target_max_length": self.target_max_length,
+        }
+        if labels is not None:
+            return tokenize_labelled(rows, model.tokenizer, self.max_length, labels)
+        if isinstance(model, Seq2SeqModel):
+            return tokenize_seq2seq(rows, model.tokenizer, **lengths)
+        if isinstance(rows[0], Example):
+            return tokenize(rows, model.tokenizer, self.max_length, self.template)
+        learn = self.train_on_source
+        return tokenize_pairs(rows, model.tokenizer, **lengths, train_on_source=learn)
 
     def tokenize_all(
-        self, sources: Sequence[Rows], weights: Sequence[float] | None, tokenizer: Any
+        self,
+        sources: Sequence[Rows],
+        weights: Sequence[float] | None,
+        model: AnyModel,
+        labels: Labels | None,
     ) -> TokenizedDataset:
         """All sources as one, mixed by their weights; None: each example once an epoch."""
-        datasets = [self.tokenize(rows, tokenizer) for rows in sources]
+        datasets = [self.tokenize(rows, model, labels) for rows in sources]
         return mix(datasets, weights or [len(dataset) for dataset in datasets])
 
     def _read(self, source: Source) -> Rows:
         format: Any = source.format or self.dataset_format
         if format == "auto":
             return read_examples(source.path)
+        if format == "classification":
+            return read_labelled(source.path)
         if self.template == "chat":
             raise QloraError(
                 f"{source.path}: --template chat is for conversations; prompts of format {format} "

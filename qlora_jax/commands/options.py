@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 from qlora_jax import lora
 from qlora_jax.checkpoints import peft
+from qlora_jax.checkpoints.any_model import AnyModel
 from qlora_jax.checkpoints.load import is_four_bit, load
 from qlora_jax.checkpoints.model import Model
 from qlora_jax.checkpoints.quantized import is_quantized_folder, stored_format
@@ -35,10 +36,11 @@ class ModelOptions:
     dtype: DType = "auto"
     """Type of the computation; auto: float32 on CPU, bfloat16 elsewhere."""
 
-    def load(self, *, dense: bool = False) -> Model:
-        """The model, loaded. dense: not quantized yet."""
+    def load(self, *, dense: bool = False, **head: Any) -> Any:
+        """The model, loaded. dense: not quantized yet; head: of an encoder, as `load` takes it."""
         dtype = None if self.dtype == "auto" else self.dtype
-        return load(self.model, quantization=None if dense else self.format(), dtype=dtype)
+        format = None if dense else self.format()
+        return load(self.model, quantization=format, dtype=dtype, **head)
 
     def format(self) -> QuantConfig | None:
         """What `load` is to quantize to. Of a checkpoint in 4 bits it is None, to keep them, or, if
@@ -72,7 +74,7 @@ def with_adapter(model: Model, adapter: Path | None) -> Any:
     return lora.attach(model.params, peft.load(adapter, model)[0])
 
 
-def need_tokenizer(model: Model) -> None:
+def need_tokenizer(model: AnyModel) -> None:
     """Raises QloraError if the model has none: text then means nothing to it."""
     if model.tokenizer is None:
         raise QloraError(

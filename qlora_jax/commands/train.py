@@ -2,17 +2,23 @@
 
 import dataclasses
 from pathlib import Path
+from typing import Any
 
 import jax
 
 from qlora_jax.checkpoints import peft
+from qlora_jax.checkpoints.any_model import AnyModel
+from qlora_jax.checkpoints.encoder import EncoderModel
 from qlora_jax.checkpoints.export import save_pretrained
+from qlora_jax.checkpoints.heads import BODY
 from qlora_jax.checkpoints.model import Model
 from qlora_jax.checkpoints.quantized import save_quantized
 from qlora_jax.commands.data_options import DataOptions
 from qlora_jax.commands.options import ModelOptions, need_tokenizer, program
+from qlora_jax.data import Labels
 from qlora_jax.errors import QloraError
 from qlora_jax.lora import Adapters, LoraConfig, count, init_quantized
+from qlora_jax.models.encoder_config import CLASSIFICATION
 from qlora_jax.training.settings import TrainSettings
 from qlora_jax.training.trainer import fit
 
@@ -36,17 +42,18 @@ class Train(DataOptions, ModelOptions):
         if (self.output / peft.WEIGHTS).exists():  # said before the model is loaded, not after
             raise QloraError(f"{self.output}: has an adapter already; choose another --output")
         train_rows, held_out, weights = self.read(self.training.seed)
+        labels = self.labels(train_rows, held_out)
         taken_out = self.adapter is None and self.lora.changes_base
-        model = self.load(dense=taken_out)
+        model = self.load(dense=taken_out, **_head(labels))
         print(model)
         need_tokenizer(model)
-        train = self.tokenize_all(train_rows, weights, model.tokenizer)
+        train = self.tokenize_all(train_rows, weights, model, labels)
         print(f"training: {train}")
         evaluation = None
         if held_out:
-            evaluation = self.tokenize_all(held_out, None, model.tokenizer)
+            evaluation = self.tokenize_all(held_out, None, model, labels)
             print(f"held out: {evaluation}")
-        config, adapters = self.lora, None
+        config, adapters = _with_head(self.lora, model), None
         if self.adapter is not None:
             adapters, config = peft.load(self.adapter, model)
         elif taken_out:
@@ -62,7 +69,8 @@ class Train(DataOptions, ModelOptions):
         )
         print(f"{count(result.adapters):,} parameters trained; adapter in {self.output}")
         base = model.source if taken_out else self.model
-        print(f"try it: {program()} chat --model {base} --adapter {self.output}")
+        if isinstance(model, Model):
+            print(f"try it: {program()} chat --model {base} --adapter {self.output}")
 
     def _take_out(self, model: Model) -> tuple[Model, Adapters]:
         """The base that --lora.init leaves of a dense model, which is written, and the adapters."""
@@ -76,3 +84,20 @@ class Train(DataOptions, ModelOptions):
             save_quantized(base, model)
         print(f"{self.lora.init}: the adapter belongs to the base in {base}, not to {self.model}")
         return model, adapters
+
+
+def _head(labels: Labels | None) -> dict[str, Any]:
+    """What `load` is told of the head that the labels need."""
+    if labels is None:
+        return {}
+    if labels.names is not None:
+        print("labels:", ", ".join(f"{i} = {name}" for i, name in enumerate(labels.names)))
+    return {"head": CLASSIFICATION, "num_labels": 1 if labels.names is None else len(labels.names)}
+
+
+def _with_head(config: LoraConfig, model: AnyModel) -> LoraConfig:
+    """An encoder's head, which may be new, is trained in full beside the adapters."""
+    if not isinstance(model, EncoderModel):
+        return config
+    head = [name for name in model.params if name not in BODY]
+    return dataclasses.replace(config, modules_to_save=(*config.modules_to_save, *head))

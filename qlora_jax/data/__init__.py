@@ -5,7 +5,8 @@ dataset = tokenize(examples, model.tokenizer, max_length=512) # conversations ->
 for batch in batches(dataset, 8, seed=0, packing=True):
     ...                                                       # dict of int32 arrays [B, T]
 
-read_pairs and tokenize_pairs are for the formats of instruction data sets, mix for several of them.
+read_pairs and tokenize_pairs are for the formats of instruction data sets, mix for several of them,
+tokenize_seq2seq for encoder-decoders, read_labelled and tokenize_labelled for encoders.
 """
 
 from qlora_jax.data.batches import BatchSource, batches, evaluation_batches
@@ -14,6 +15,7 @@ from qlora_jax.data.classification import (
     LabelledText,
     Labels,
     parse_labelled,
+    read_labelled,
     tokenize_labelled,
 )
 from qlora_jax.data.collate import Batch, TokenizedExample
@@ -44,6 +46,7 @@ __all__ = [
     "mix",
     "parse_labelled",
     "read_examples",
+    "read_labelled",
     "read_pairs",
     "read_rows",
     "rows_to_examples",

@@ -3,13 +3,15 @@
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from qlora_jax.data.collate import Batch, TokenizedExample, pad
+from qlora_jax.data.reading import read_rows
 from qlora_jax.data.seq2seq import encode_whole
-from qlora_jax.data.tokenize import TokenizedDataset
+from qlora_jax.data.tokenize import TokenizedDataset, padding_id
 from qlora_jax.errors import QloraError
 
 # What is read: one text, or two that are read together. The names are those of GLUE's tasks.
@@ -90,6 +92,17 @@ def parse_labelled(row: object, where: str) -> LabelledText:
     return LabelledText(tuple(row[name] for name in fields), label, where)
 
 
+def read_labelled(source: str | Path) -> list[LabelledText]:
+    """Reads a JSON lines file, or a data set of the Hugging Face Hub, as `read_rows` does.
+
+    Raises QloraError as that and `parse_labelled`, and if there is no row.
+    """
+    examples = [parse_labelled(row, where) for where, row in read_rows(source)]
+    if not examples:
+        raise QloraError(f"{source}: no examples; expected rows with {EXPECTED}")
+    return examples
+
+
 @dataclass(frozen=True, eq=False)
 class LabelledExample(TokenizedExample):
     """input_ids [T], labels [] and, of a model that tells two texts apart, token_type_ids [T]."""
@@ -139,4 +152,4 @@ def tokenize_labelled(
         ids = np.asarray(encoded["input_ids"], np.int32)
         kept.append(LabelledExample(ids, labels.array(example), types))
         cut += was_cut
-    return LabelledDataset(tuple(kept), tokenizer.pad_token_id or 0, cut, 0, max_length)
+    return LabelledDataset(tuple(kept), padding_id(tokenizer), cut, 0, max_length)

@@ -9,8 +9,9 @@ import numpy as np
 
 from qlora_jax.data.collate import Batch, TokenizedExample, pad
 from qlora_jax.data.examples import Example
+from qlora_jax.data.formats import Pair
 from qlora_jax.data.lengths import rounded
-from qlora_jax.data.tokenize import TokenizedDataset
+from qlora_jax.data.tokenize import TokenizedDataset, padding_id
 from qlora_jax.errors import QloraError
 from qlora_jax.models.loss import IGNORE
 
@@ -39,28 +40,43 @@ class Seq2SeqDataset(TokenizedDataset):
 
 
 def tokenize_seq2seq(
-    examples: Sequence[Example], tokenizer: Any, max_length: int, max_target_length: int
+    rows: Sequence[Example] | Sequence[Pair],
+    tokenizer: Any,
+    *,
+    source_max_length: int = 1024,
+    target_max_length: int = 256,
 ) -> Seq2SeqDataset:
-    """The turns before the answer, a line each, for the encoder; the answer for the decoder.
+    """The source, or the turns before the answer, a line each, for the encoder; the target, or the
+    answer, for the decoder.
 
-    Both with the special tokens that the tokenizer adds (T5: the end), and cut to at most
-    max_length and max_target_length tokens. Raises QloraError for limits that leave no room.
+    Both with the special tokens that the tokenizer adds (T5: the end), and cut to at most so many
+    tokens; a pair without a target is dropped. Raises QloraError for limits that leave no room, and
+    if no example is left.
     """
-    if max_length < 2 or max_target_length < 2:
+    if source_max_length < 2 or target_max_length < 2:
         raise QloraError(
-            f"max_length and max_target_length must be at least 2, not {max_length} and "
-            f"{max_target_length}"
+            "source_max_length and target_max_length must be at least 2, got "
+            f"{source_max_length} and {target_max_length}"
         )
     kept: list[TokenizedExample] = []
     cut = 0
-    for example in examples:
-        source = "\n".join(message.content for message in example.prompt)
-        read, cut_source = encode_whole(tokenizer, (source,), max_length)
-        said, cut_target = encode_whole(tokenizer, (example.answer,), max_target_length)
+    for row in rows:
+        source, target = (row.source, row.target) if isinstance(row, Pair) else _texts(row)
+        if not target:
+            continue
+        read, cut_source = encode_whole(tokenizer, (source,), source_max_length)
+        said, cut_target = encode_whole(tokenizer, (target,), target_max_length)
         ids, labels = (np.asarray(x["input_ids"], np.int32) for x in (read, said))
         kept.append(TokenizedExample(ids, labels))
         cut += cut_source or cut_target
-    return Seq2SeqDataset(tuple(kept), tokenizer.pad_token_id or 0, cut, 0, max_length)
+    if not kept:
+        raise QloraError(f"none of {len(rows)} examples has a target")
+    dropped = len(rows) - len(kept)
+    return Seq2SeqDataset(tuple(kept), padding_id(tokenizer), cut, dropped, source_max_length)
+
+
+def _texts(example: Example) -> tuple[str, str]:
+    return "\n".join(message.content for message in example.prompt), example.answer
 
 
 def encode_whole(

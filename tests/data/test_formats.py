@@ -1,5 +1,6 @@
 """The datasets that qlora.py reads, with rows as they have them, and how they are asked for."""
 
+import dataclasses
 import json
 from typing import get_args
 
@@ -12,6 +13,7 @@ from qlora_jax.commands.data_options import DataOptions, Source
 from qlora_jax.commands.train import Train
 from qlora_jax.data import IGNORE, Pair, PairFormat, read_pairs, rows_to_pairs, tokenize_pairs
 from tests import tiny
+from tests.training import models
 
 ROWS = {
     "alpaca": [
@@ -158,7 +160,7 @@ def test_a_source_with_its_format_and_weight():
     assert Source.parse("owner/name:main@train[:9],weight=2,format=alpaca") == Source(
         "owner/name:main@train[:9]", "alpaca", 2.0
     )
-    with pytest.raises(qj.QloraError, match="no format 'alpca'; known: auto, alpaca"):
+    with pytest.raises(qj.QloraError, match="no format 'alpca'; known: auto, class"):
         Source.parse("a.jsonl,format=alpca")
     with pytest.raises(qj.QloraError, match="weight 'much' is no number"):
         Source.parse("a.jsonl,weight=much")
@@ -174,16 +176,21 @@ def files(tmp_path):
     return tuple(map(str, paths))
 
 
+def decoder(tokenizer) -> qj.Model:
+    return dataclasses.replace(models.model(), tokenizer=tokenizer)
+
+
 def test_sources_are_mixed(files, tokenizer):
     chat, alpaca = files
     options = DataOptions(data=(f"{chat},weight=1", f"{alpaca},weight=3,format=alpaca"))
     train, held_out, weights = options.read(seed=0)
     assert not held_out and weights == [1.0, 3.0]
-    dataset = options.tokenize_all(train, weights, tokenizer)
+    model = decoder(tokenizer)
+    dataset = options.tokenize_all(train, weights, model, None)
     assert dataset.parts == ((30, 1.0), (10, 3.0))
     assert "### Instruction:\ni9" in tokenizer.decode(dataset[39].input_ids)
     plain = DataOptions(data=(alpaca,), dataset_format="alpaca")
-    assert plain.tokenize_all(*plain.read(seed=0)[::2], tokenizer).parts == ((10, 10.0),)
+    assert plain.tokenize_all(*plain.read(seed=0)[::2], model, None).parts == ((10, 10.0),)
 
 
 def test_the_split_is_seeded(files, tokenizer):
@@ -194,7 +201,7 @@ def test_the_split_is_seeded(files, tokenizer):
     assert sum(map(len, held_out)) == 8 and sum(map(len, train)) == 32
     everything = [row for part in (train, held_out) for rows in part for row in rows]
     assert len({repr(row) for row in everything}) == 40
-    assert len(options.tokenize_all(held_out, None, tokenizer)) == 8
+    assert len(options.tokenize_all(held_out, None, decoder(tokenizer), None)) == 8
 
 
 @pytest.mark.parametrize(

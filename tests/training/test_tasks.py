@@ -1,12 +1,15 @@
 """Runs of an encoder-decoder and of an encoder that classifies, from text to a saved adapter."""
 
 import dataclasses
+import json
 
 import jax
 import numpy as np
 import pytest
 
 import qlora_jax as qj
+from qlora_jax import cli
+from qlora_jax.checkpoints.export import save_pretrained
 from qlora_jax.checkpoints.seq2seq import Seq2SeqModel
 from qlora_jax.checkpoints.tokenizer import from_folder
 from qlora_jax.data import (
@@ -26,6 +29,7 @@ from tests import tiny
 
 pytestmark = pytest.mark.standard_promotion
 
+FORMAT = ("--dataset-format", "input-output")
 WORDS = ("alpha", "beta", "gamma", "delta", "omega", "sigma")
 T5 = {"model_type": "t5", "d_model": 32, "d_kv": 8, "d_ff": 64, "num_layers": 1, "num_heads": 4}
 ROBERTA = {
@@ -57,7 +61,7 @@ def fit(model, config, dataset, output, **settings):
 
 def test_an_encoder_decoder_learns_pairs(tokenizer, tmp_path):
     rows = [{"prompt": f"say {word}", "completion": word[::-1]} for word in WORDS]
-    dataset = tokenize_seq2seq(rows_to_examples(rows), tokenizer, 64, 64)
+    dataset = tokenize_seq2seq(rows_to_examples(rows), tokenizer)
     config = read_config(T5 | {"vocab_size": len(tokenizer)})
     model = Seq2SeqModel(config, quantized(config), tokenizer, "tiny t5", np.float32)
     result = fit(model, qj.LoraConfig(rank=8), dataset, tmp_path / "out")
@@ -121,7 +125,9 @@ def test_labels():
 
 def test_pairs_are_cut_and_counted(tokenizer):
     rows = [{"prompt": "a" * 50, "completion": "b" * 5}, {"prompt": "a", "completion": "b"}]
-    dataset = tokenize_seq2seq(rows_to_examples(rows), tokenizer, 8, 4)
+    dataset = tokenize_seq2seq(
+        rows_to_examples(rows), tokenizer, source_max_length=8, target_max_length=4
+    )
     assert dataset.cut == 1 and max(map(len, dataset)) == 8
     assert [len(example.labels) for example in dataset] == [4, 1]
     with pytest.raises(qj.QloraError, match="packing is for decoders"):
@@ -141,3 +147,43 @@ def test_data_of_another_kind_is_refused(tokenizer, tmp_path):
     wrong.examples[0].labels[...] = 7
     with pytest.raises(qj.QloraError, match="the label 7, which is neither one of 0 to 1"):
         trainer.fit(encoder, qj.LoraConfig(), wrong, TrainSettings(steps=1), tmp_path / "out")
+
+
+def write_model(folder, tokenizer, config):
+    """A dense checkpoint of random weights, with the tokenizer."""
+    kind = Seq2SeqModel if config.model_type == "t5" else qj.EncoderModel
+    params = init_params(config, jax.random.key(0))
+    save_pretrained(folder, kind(config, params, tokenizer, "tiny", np.float32), dtype=np.float32)
+    return folder
+
+
+def write_rows(path, rows):
+    path.write_text("\n".join(map(json.dumps, rows)))
+    return path
+
+
+def test_the_command_line_trains_them_too(tokenizer, tmp_path, capsys):
+    t5 = write_model(tmp_path / "t5", tokenizer, read_config(T5 | {"vocab_size": len(tokenizer)}))
+    pairs = [{"input": word, "output": word[::-1]} for word in WORDS]
+    data = write_rows(tmp_path / "pairs.jsonl", pairs)
+    options = ["--training.steps", "1", "--training.batch-size", "2", "--lora.rank", "2"]
+    out = ["--output", str(tmp_path / "out")]
+    source = ["--data", f"{data},format=input-output"]
+    cli.main(["train", "--model", str(t5), *source, *out, *options])
+    assert "adapter in" in capsys.readouterr().out
+    config = read_config(
+        ROBERTA | {"vocab_size": len(tokenizer), "architectures": ["RobertaModel"]}
+    )
+    roberta = write_model(tmp_path / "roberta", tokenizer, config)
+    rows = [{"text": word, "label": ("no", "yes")[len(word) > 4]} for word in WORDS]
+    data = write_rows(tmp_path / "labels.jsonl", rows)
+    source = ["--data", str(data), "--dataset-format", "classification", "--eval-count", "2"]
+    out = ["--output", str(tmp_path / "classes")]
+    cli.main(["train", "--model", str(roberta), *source, *out, *options])
+    assert "labels: 0 = no, 1 = yes" in capsys.readouterr().out
+    assert (tmp_path / "classes" / "adapter_model.safetensors").exists()
+    for model in (t5, roberta):  # rows that they are not trained on
+        wrong = source if model is t5 else ["--data", str(tmp_path / "pairs.jsonl"), *FORMAT]
+        with pytest.raises(SystemExit) as stop:
+            cli.main(["train", "--model", str(model), *wrong, "--output", str(tmp_path / "no")])
+        assert stop.value.code == 2
