@@ -8,6 +8,7 @@ from qlora_jax.checkpoints.model import Model
 from qlora_jax.errors import QloraError
 from qlora_jax.lift import lift
 from qlora_jax.lora import LoraArray, LoraConfig, VeraConfig
+from qlora_jax.parallel import Layout, make_mesh
 from qlora_jax.quant import (
     FP4,
     NF4,
@@ -27,6 +28,7 @@ __all__ = [
     "FP4",
     "NF4",
     "EncoderModel",
+    "Layout",
     "LoraArray",
     "LoraConfig",
     "Model",
@@ -43,6 +45,7 @@ __all__ = [
     "lora",
     "lora_plus",
     "make_eval_step",
+    "make_mesh",
     "make_train_step",
     "paged",
     "partition",

@@ -16,6 +16,7 @@ FLOORS = [
     {"quant"},
     {"lora", "lift", "lifting"},
     {"models", "checkpoints"},
+    {"parallel"},
     {"training", "data", "generation"},
     {"cli", "commands", "demo_task"},
 ]

@@ -20,7 +20,7 @@ from qlora_jax.checkpoints.gguf import GGUFFile
 from qlora_jax.checkpoints.heads import EncoderTensors, HeadRequest
 from qlora_jax.checkpoints.hub import download
 from qlora_jax.checkpoints.model import Model
-from qlora_jax.checkpoints.names import OnTensor, count_tensors, parameters
+from qlora_jax.checkpoints.names import OnTensor, Place, count_tensors, parameters
 from qlora_jax.checkpoints.on_disk import OnDisk
 from qlora_jax.checkpoints.seq2seq import Seq2SeqModel
 from qlora_jax.checkpoints.tensors import SafetensorsFolder, Tensors, read_json
@@ -46,6 +46,7 @@ def load(
     num_labels: int | None = None,
     problem_type: str | None = None,
     seed: int = 0,
+    place: Place | None = None,
 ) -> Any:
     """A `Model`, `Seq2SeqModel` or `EncoderModel`, by its family, its linear weights in 4 bits.
 
@@ -64,10 +65,12 @@ def load(
     problem_type  of its classification: see `EncoderModel.loss`
     seed          a head that is asked for and not in the checkpoint is drawn from it, which the log
                   says
+    place         puts each parameter onto a mesh as it is read (see `parallel.put_parameter`)
 
-    Tensors are read and quantized one after the other: the host never holds more than the result
-    and two tensors. Raises QloraError for what cannot be read, with every tensor listed that is
-    missing, surplus, misshapen or not of floating-point numbers, and for weights not finite.
+    Tensors are read and quantized one after the other: the host never holds more than the result,
+    or its part of it, and two tensors. Raises QloraError for what cannot be read, with every tensor
+    listed that is missing, surplus, misshapen or not of floating-point numbers, and for weights not
+    finite.
     """
     if not isinstance(quantization, QuantConfig | None):
         raise QloraError(f"quantization is {quantization!r}; expected NF4(), FP4() or None")
@@ -76,7 +79,7 @@ def load(
     dtype = _dtype(dtype)
     if tensors is None:
         folder = locate(source)
-        params = quantized.load_params(folder, config, quantization, dtype)
+        params = quantized.load_params(folder, config, quantization, dtype, place)
         if request:
             config = request.of(config)
             params = _with_head(params, config, request, dtype, str(folder))
@@ -93,8 +96,12 @@ def load(
         if parameter.path in made:
             leaf = request.make(parameter, config, dtype)
             leaf = quantize(leaf, use, name=parameter.path) if use else leaf
+            leaf = place(config, parameter.path, leaf) if place else leaf
         else:
             on_disk = OnDisk(parameter, tensors, use, dtype, lambda: on_tensor and on_tensor(total))
+            if place is not None:
+                placed = functools.partial(place, config, parameter.path)
+                on_disk = dataclasses.replace(on_disk, placed=placed)
             leaf = on_disk.read()
         _put(params, parameter.path, leaf)
     return _model(config, params, tokens, str(source), dtype)

@@ -139,6 +139,11 @@ OnTensor = Callable[[int], None]
 """Called when a tensor of a file was read or written, with how many there are in all."""
 
 
+Place = Callable[[Any, str, Any], Any]
+"""place(config, path, leaf): the parameter at `path`, or a layer or the shapes of it, put where it
+is to lie. All processes call it alike, each keeping its own part."""
+
+
 def count_tensors(config: Any) -> int:
     """How many tensors a dense file of the model has."""
     return sum(parameter.layers for parameter in parameters(config))

@@ -8,6 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
 from jax.typing import DTypeLike
 
 from qlora_jax.checkpoints.names import Parameter
@@ -22,7 +23,8 @@ class OnDisk:
 
     quantization: what a layer becomes on the way, None: what it is, of `dtype` if it is dense, or,
     without one, of its own, and then a NumPy array, of which no copy is made. Norm scales, which
-    take little room, are fp32. told: called after every layer.
+    take little room, are fp32. told: called after every layer. placed: puts a layer where it is to
+    lie, over several devices if it has a sharding.
     """
 
     parameter: Parameter
@@ -30,6 +32,7 @@ class OnDisk:
     quantization: QuantConfig | None
     dtype: DTypeLike | None
     told: Callable[[], Any] = lambda: None
+    placed: Callable[[Any], Any] = lambda leaf: leaf
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -66,14 +69,25 @@ class OnDisk:
     def read(self) -> Any:
         """All layers, written into place one by one."""
         parameter, stack = self.parameter, self.parameter.stack
-        first = self[parameter.at(0)]
+        first = self.placed(self[parameter.at(0)])
         if not stack:
             return first
-        whole = jax.tree.map(lambda leaf: jnp.zeros((*stack, *leaf.shape), leaf.dtype), first)
+        whole = jax.tree.map(lambda leaf: _room(stack, leaf), first)
         whole = _write(whole, first, parameter.at(0))
         for layer in range(1, parameter.layers):
-            whole = _write(whole, self[parameter.at(layer)], parameter.at(layer))
+            layer_leaf = self.placed(self[parameter.at(layer)])
+            whole = _write(whole, layer_leaf, parameter.at(layer))
         return whole
+
+
+def _room(stack: tuple[int, ...], leaf: jax.Array) -> jax.Array:
+    """Zeros for a stack of leaves, split over devices as each of them is."""
+    shape, sharding = (*stack, *leaf.shape), leaf.sharding
+    if not isinstance(sharding, NamedSharding):
+        return jnp.zeros(shape, leaf.dtype)
+    spec = PartitionSpec(*(None,) * len(stack), *sharding.spec)
+    make = functools.partial(jnp.zeros, shape, leaf.dtype)
+    return jax.jit(make, out_shardings=NamedSharding(sharding.mesh, spec))()
 
 
 # Compiled, so that neither a second copy nor a mask of the tensor's size is made on the way.

@@ -13,6 +13,7 @@ from jax.typing import DTypeLike
 from qlora_jax.checkpoints.export import save_config, save_tokenizer
 from qlora_jax.checkpoints.folder import new_folder
 from qlora_jax.checkpoints.model import Model
+from qlora_jax.checkpoints.names import Place
 from qlora_jax.checkpoints.tensors import read_json
 from qlora_jax.errors import QloraError, reason
 from qlora_jax.lora.tree import named_leaves
@@ -62,8 +63,15 @@ def stored_format(folder: Path) -> QuantConfig:
     return _description(folder)[0]
 
 
-def load_params(folder: Path, config: Any, asked: QuantConfig | None, dtype: DTypeLike) -> Any:
-    """The parameter tree in `folder`, dense weights as `dtype`.
+def load_params(
+    folder: Path,
+    config: Any,
+    asked: QuantConfig | None,
+    dtype: DTypeLike,
+    place: Place | None = None,
+) -> Any:
+    """The parameter tree in `folder`, dense weights as `dtype`. place: as for `load`; of each array
+    only what belongs to this process's devices is read.
 
     Raises QloraError if `asked` is another format than the stored one, and for a folder that is
     damaged or put together of parts that do not belong to each other.
@@ -78,9 +86,11 @@ def load_params(folder: Path, config: Any, asked: QuantConfig | None, dtype: DTy
     def abstract(path: Any, leaf: Any) -> Any:
         name = path_str(path)
         if name in dtypes:
-            return quantize(jax.ShapeDtypeStruct(leaf.shape, dtypes[name]), stored)
-        kept = jnp.float32 if name.endswith("/scale") else dtype
-        return jax.ShapeDtypeStruct(leaf.shape, kept)
+            leaf = quantize(jax.ShapeDtypeStruct(leaf.shape, dtypes[name]), stored)
+        else:
+            kept = jnp.float32 if name.endswith("/scale") else dtype
+            leaf = jax.ShapeDtypeStruct(leaf.shape, kept)
+        return place(config, name, leaf) if place else leaf
 
     target = jax.tree_util.tree_map_with_path(abstract, abstract_params(config))
     where = (folder / "params").absolute()

@@ -12,6 +12,7 @@ from qlora_jax.checkpoints import peft
 from qlora_jax.checkpoints.any_model import AnyModel
 from qlora_jax.checkpoints.load import is_four_bit, load
 from qlora_jax.checkpoints.model import Model
+from qlora_jax.checkpoints.names import Place
 from qlora_jax.checkpoints.quantized import is_quantized_folder, stored_format
 from qlora_jax.errors import QloraError
 from qlora_jax.quant import NF4, QuantConfig
@@ -36,11 +37,12 @@ class ModelOptions:
     dtype: DType = "auto"
     """Type of the computation; auto: float32 on CPU, bfloat16 elsewhere."""
 
-    def load(self, *, dense: bool = False, **head: Any) -> Any:
-        """The model, loaded. dense: not quantized yet; head: of an encoder, as `load` takes it."""
+    def load(self, *, dense: bool = False, place: Place | None = None, **head: Any) -> Any:
+        """The model, loaded. dense: not quantized yet; place, and head, which is of an encoder: as
+        `load` takes them."""
         dtype = None if self.dtype == "auto" else self.dtype
         format = None if dense else self.format()
-        return load(self.model, quantization=format, dtype=dtype, **head)
+        return load(self.model, quantization=format, dtype=dtype, place=place, **head)
 
     def format(self) -> QuantConfig | None:
         """What `load` is to quantize to. Of a checkpoint in 4 bits it is None, to keep them, or, if

@@ -1,6 +1,7 @@
 """`qlora-jax train`: fine-tune a model on a data set."""
 
 import dataclasses
+import functools
 from pathlib import Path
 from typing import Any
 
@@ -14,17 +15,19 @@ from qlora_jax.checkpoints.heads import BODY
 from qlora_jax.checkpoints.model import Model
 from qlora_jax.checkpoints.quantized import save_quantized
 from qlora_jax.commands.data_options import DataOptions
+from qlora_jax.commands.device_options import DeviceOptions
 from qlora_jax.commands.options import ModelOptions, need_tokenizer, program
 from qlora_jax.data import Labels
 from qlora_jax.errors import QloraError
 from qlora_jax.lora import Adapters, LoraConfig, count, init_quantized
 from qlora_jax.models.encoder_config import CLASSIFICATION
+from qlora_jax.parallel import put_parameter
 from qlora_jax.training.settings import TrainSettings
 from qlora_jax.training.trainer import fit
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Train(DataOptions, ModelOptions):
+class Train(DataOptions, DeviceOptions, ModelOptions):
     """Fine-tune a model on a data set: QLoRA, or LoRA with --quantization none."""
 
     output: Path
@@ -41,10 +44,17 @@ class Train(DataOptions, ModelOptions):
         the model is loaded."""
         if (self.output / peft.WEIGHTS).exists():  # said before the model is loaded, not after
             raise QloraError(f"{self.output}: has an adapter already; choose another --output")
+        mesh = self.open_mesh()
         train_rows, held_out, weights = self.read(self.training.seed)
         labels = self.labels(train_rows, held_out)
         taken_out = self.adapter is None and self.lora.changes_base
-        model = self.load(dense=taken_out, **_head(labels))
+        if taken_out and jax.process_count() > 1:
+            raise QloraError(
+                f"--lora.init {self.lora.init} changes the base, which one process does alone: let "
+                "it train a step, then go on from its base and --adapter"
+            )
+        place = functools.partial(put_parameter, mesh) if mesh and not taken_out else None
+        model = self.load(dense=taken_out, place=place, **_head(labels))
         print(model)
         need_tokenizer(model)
         train = self.tokenize_all(train_rows, weights, model, labels)
@@ -66,6 +76,7 @@ class Train(DataOptions, ModelOptions):
             self.output,
             evaluation=evaluation,
             adapters=adapters,
+            mesh=mesh,
         )
         print(f"{count(result.adapters):,} parameters trained; adapter in {self.output}")
         base = model.source if taken_out else self.model

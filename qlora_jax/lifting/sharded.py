@@ -72,7 +72,9 @@ class _Cut:
 
     def _local(self, array: Any) -> Any:
         if isinstance(array, QuantizedArray):
-            return dataclasses.replace(array, k_shape=self.k_shape, n_shape=self.n_shape)
+            return dataclasses.replace(
+                array, k_shape=self.k_shape, n_shape=self.n_shape, placement=None
+            )
         if isinstance(array, AdaptedArray) and isinstance(array.base, QuantizedArray):
             return together(array, {"base": self._local(array.base)})
         return array

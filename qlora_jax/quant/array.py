@@ -13,6 +13,7 @@ from qlora_jax.errors import QloraError
 from qlora_jax.quant import blockwise, codebooks
 from qlora_jax.quant.config import CodebookName, QuantConfig, levels
 from qlora_jax.quant.implementations import Implementation, rounding
+from qlora_jax.quant.placement import Placement
 
 
 @jax.tree_util.register_dataclass
@@ -27,7 +28,8 @@ class QuantizedArray:
 
     Leading axes (stacked layers, experts) are the leaves' own, so that jit, scan, vmap and slicing
     work as for any pytree. The weight's own axes may be several on either side: k_shape are the
-    contracted ones, n_shape the others, and K, N their products.
+    contracted ones, n_shape the others, and K, N their products. placement: how K and N are split
+    over a mesh, which products go by; None: on one device, or left to the compiler.
     """
 
     codes: Any
@@ -39,6 +41,7 @@ class QuantizedArray:
     dtype: Any = dataclasses.field(metadata={"static": True})
     codebook: CodebookName = dataclasses.field(metadata={"static": True})
     block_size: int = dataclasses.field(metadata={"static": True})
+    placement: Placement | None = dataclasses.field(default=None, metadata={"static": True})
 
     @property
     def batch_shape(self) -> tuple[int, ...]:

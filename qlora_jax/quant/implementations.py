@@ -44,10 +44,10 @@ def _plain(product: Callable[..., jax.Array]) -> Callable[..., jax.Array]:
 
     def call(
         x: jax.Array, codes: jax.Array, scales: jax.Array, codebook: jax.Array,
-        *nested: jax.Array, **how: Any,
+        *nested: jax.Array, part: blockwise.Part | None = None, **how: Any,
     ) -> jax.Array:  # fmt: skip
         if nested:
-            scales = blockwise.dequantize_scales(scales, *nested)
+            scales = blockwise.dequantize_scales(scales, *nested, part=part)
         return product(x, codes, scales, codebook, **how)
 
     return call
@@ -143,7 +143,8 @@ def product(
     """x times the weight (codes, scales, codebook, *nested), or times its transpose.
 
     name None: the kernels of the platform that the program is lowered for, where they take such an
-    x and such a weight, else `xla`. A name that cannot run raises QloraError.
+    x and such a weight, else `xla`. A name that cannot run raises QloraError. part: which part of
+    a larger weight it is, if it is one (see `blockwise.dequantize_scales`).
     """
     k, n, blocks = 2 * weight[0].shape[0], weight[0].shape[1], weight[1].shape[0]
     problem = (k, n, k // blocks, x.dtype)

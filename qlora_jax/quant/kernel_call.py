@@ -31,8 +31,12 @@ def kernel_call(
 
     def call(
         x: jax.Array, codes: jax.Array, scales: jax.Array, codebook: jax.Array,
-        *nested: jax.Array, out_dtype: Any, precision: Any,
+        *nested: jax.Array, out_dtype: Any, precision: Any, part: blockwise.Part | None = None,
     ) -> jax.Array:  # fmt: skip
+        if nested and part is not None:
+            scales = blockwise.dequantize_scales(scales, *nested, part=part, look_up=look_up)
+            nested = ()
+
         def run(
             x: jax.Array, codes: jax.Array, scales: jax.Array, codebook: jax.Array,
             *nested: jax.Array, part: Any = None, dtype: Any = out_dtype,

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from qlora_jax.quant.array import QuantizedArray
 from qlora_jax.quant.config import levels
 from qlora_jax.quant.implementations import Implementation, product
+from qlora_jax.quant.placement import placed
 from qlora_jax.quant.varying import vary_alike
 
 
@@ -73,14 +74,10 @@ def _transposed(g: jax.Array, w: QuantizedArray, how: _How) -> jax.Array:
 
 def _product(x: jax.Array, w: QuantizedArray, how: _How, *, transposed: bool) -> jax.Array:
     weight = (w.codes, w.scales, jnp.asarray(levels(w.codebook)), *w.nested_scales())
-    return product(
-        how.implementation,
-        x,
-        weight,
-        transposed,
-        out_dtype=how.out_dtype,
-        precision=how.precision,
-    )
+    run = functools.partial(product, how.implementation)
+    if w.placement is not None:
+        run = placed(run, w.placement)
+    return run(x, weight, transposed, out_dtype=how.out_dtype, precision=how.precision)
 
 
 def _with_gradient(call: Any, backward: Any) -> Any:

@@ -4,6 +4,7 @@ from qlora_jax import lora
 from qlora_jax.checkpoints.any_model import AnyModel
 from qlora_jax.data import TokenizedDataset, evaluation_batches
 from qlora_jax.data.lengths import row_length
+from qlora_jax.parallel import Layout
 from qlora_jax.training.interrupts import Interrupts
 from qlora_jax.training.settings import TrainSettings
 from qlora_jax.training.step import make_eval_step
@@ -12,8 +13,14 @@ from qlora_jax.training.step import make_eval_step
 class HeldOut:
     """The evaluation set, and the compiled function that is run on it."""
 
-    def __init__(self, model: AnyModel, dataset: TokenizedDataset, settings: TrainSettings) -> None:
-        self._params, self._dataset = model.params, dataset
+    def __init__(
+        self,
+        model: AnyModel,
+        dataset: TokenizedDataset,
+        settings: TrainSettings,
+        layout: Layout | None = None,
+    ) -> None:
+        self._params, self._dataset, self._layout = model.params, dataset, layout
         self._batch_size = settings.batch_size
         self._length = row_length(dataset, settings.sequence_length)
         self._step = make_eval_step(model.loss)
@@ -24,7 +31,8 @@ class HeldOut:
         for batch in evaluation_batches(
             self._dataset, self._batch_size, sequence_length=self._length
         ):
-            loss, count = self._step(adapters, self._params, batch)
+            placed = batch if self._layout is None else self._layout.batch(batch)
+            loss, count = self._step(adapters, self._params, placed)
             total, tokens = total + float(loss), tokens + float(count)
             if interrupts.caught:
                 return None

@@ -1,6 +1,7 @@
 """What a run tells while it goes: lines in a file, and a bar on the terminal."""
 
 import json
+import os
 import sys
 import time
 from pathlib import Path
@@ -12,9 +13,13 @@ from qlora_jax.errors import missing
 
 
 class MetricsFile:
-    """JSON lines, each written out at once, so that a killed run keeps what it had."""
+    """JSON lines, each written out at once, so that a killed run keeps what it had.
 
-    def __init__(self, path: Path) -> None:
+    path None: `history` alone is kept, as in all processes of a run but the first.
+    """
+
+    def __init__(self, path: Path | None) -> None:
+        path = Path(os.devnull) if path is None else path
         self._file = path.open("w", encoding="utf-8")
         self.history: list[dict[str, float]] = []
 

@@ -65,6 +65,7 @@ def make_train_step(
     max_grad_norm: float | None = None,
     accumulate: int = 1,
     dropout: float = 0.0,
+    state_shardings: Any = None,
 ) -> Callable[[TrainState, Any, Batch], tuple[TrainState, Metrics]]:
     """step(state, params, batch) -> (state, metrics), jit-compiled; `state` is donated.
 
@@ -73,6 +74,8 @@ def make_train_step(
     max_grad_norm  clip gradients to this global norm (None: do not)
     accumulate     batch leaves are [accumulate, B, ...]; gradients are summed over the first axis
     dropout        probability of dropping inputs of the adapters' A
+    state_shardings  a sharding for every leaf of the state, which it keeps from step to step; None:
+                   the compiler's choice
 
     The objective is the mean over all labelled tokens of the step, whichever micro-batch they are
     in. Gradients exist for the adapters only: `params` is frozen. metrics, fp32 scalars: loss
@@ -121,7 +124,9 @@ def make_train_step(
         new = TrainState(adapters, opt_state, state.step + 1, state.key)
         return new, {"loss": total * scale, "grad_norm": norm, "tokens": tokens}
 
-    return jax.jit(step, donate_argnums=0)
+    if state_shardings is None:
+        return jax.jit(step, donate_argnums=0)
+    return jax.jit(step, donate_argnums=0, out_shardings=(state_shardings, None))
 
 
 def make_eval_step(

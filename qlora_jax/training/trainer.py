@@ -5,15 +5,18 @@ import functools
 import importlib.util
 import time
 from pathlib import Path
+from typing import Any
 
 import jax
 import optax
+from jax.sharding import Mesh
 
 from qlora_jax import lora
 from qlora_jax.checkpoints import peft
 from qlora_jax.checkpoints.any_model import AnyModel
 from qlora_jax.data import TokenizedDataset
 from qlora_jax.errors import QloraError, missing
+from qlora_jax.parallel import Layout, is_first, whole_here
 from qlora_jax.training.checks import check_examples
 from qlora_jax.training.evaluation import HeldOut
 from qlora_jax.training.interrupts import Interrupts
@@ -58,6 +61,7 @@ def fit(
     evaluation: TokenizedDataset | None = None,
     adapters: lora.Adapters | None = None,
     optimizer: optax.GradientTransformation | None = None,
+    mesh: Mesh | None = None,
     display: bool = True,
 ) -> FitResult:
     """Trains adapters of `model` on `train` and saves them in `output`, in PEFT's format.
@@ -66,7 +70,9 @@ def fit(
     `tokenize_labelled` for an encoder that classifies.
 
     adapters: to go on from, by default new ones by `config`. optimizer: instead of AdamW on the
-    settings' schedule. display: progress on the terminal.
+    settings' schedule. mesh: of `make_mesh`, to split the model and each batch over; with several
+    processes all of them call `fit` alike, and the first one writes. display: progress on the
+    terminal.
 
     Beside the adapter, `output` gets loss.png and metrics.jsonl, with two kinds of lines. Of a
     step: step (from 1), loss (nats per labelled token, before the update), grad_norm (before
@@ -89,35 +95,57 @@ def fit(
     for examples in (train, evaluation):
         if examples is not None:
             check_examples(model, examples)
+    layout = None if mesh is None else Layout.of(mesh, model.config)
+    if layout is not None:
+        layout.batch_sharding((settings.batch_size,))  # refused now if it cannot be split
     stream = StepBatches(train, settings)
     steps = stream.steps
     rates = None if optimizer else rate_table(settings.learning_rates(steps), steps)
     optimizer = optimizer or settings.optimizer(steps)
-    init_key, run_key = jax.random.split(jax.random.key(settings.seed))
-    if adapters is None:
-        adapters = lora.init(init_key, model.params, config)
-    state = TrainState.create(adapters, optimizer, run_key)
+    keys = jax.random.split(jax.random.key(settings.seed))
+
+    def start(adapters: lora.Adapters | None, params: Any, keys: Any) -> TrainState:
+        if adapters is None:
+            adapters = lora.init(keys[0], params, config)
+        return TrainState.create(adapters, optimizer, keys[1])
+
+    shardings, examples_axis = None, int(settings.accumulate > 1)
+    if layout is None:
+        state = start(adapters, model.params, keys)
+    else:
+        model = dataclasses.replace(model, params=layout.params(model.params))
+        state = layout.build(start, adapters, model.params, keys)
+        shardings = jax.tree.map(lambda x: x.sharding, state)
     step = make_train_step(
         functools.partial(model.loss, remat=settings.remat),
         optimizer,
         max_grad_norm=settings.max_grad_norm,
         accumulate=settings.accumulate,
         dropout=config.dropout,
+        state_shardings=shardings,
     )
     held_out = None
     if evaluation is not None:
-        held_out = HeldOut(model, evaluation, settings)
-    output.mkdir(parents=True, exist_ok=True)
+        held_out = HeldOut(model, evaluation, settings, layout)
+    writes = is_first()
+    if writes:
+        output.mkdir(parents=True, exist_ok=True)
+
+    def save(folder: Path) -> None:
+        whole = whole_here(state.adapters)
+        if writes:
+            peft.save(folder, whole, model, config)
 
     began, number, interrupted = time.perf_counter(), 0, False
     with (
         Interrupts() as interrupts,
-        MetricsFile(output / "metrics.jsonl") as metrics,
-        Progress(steps) if display else Silence() as progress,
+        MetricsFile(output / "metrics.jsonl" if writes else None) as metrics,
+        Progress(steps) if display and writes else Silence() as progress,
     ):
         log = StepLog(metrics, progress, settings.log_every, steps, rates)
         for number, batch in enumerate(stream.start(), start=1):
-            state, measured = step(state, model.params, batch)
+            placed = batch if layout is None else layout.batch(batch, examples_axis)
+            state, measured = step(state, model.params, placed)
             log.dispatched(number, measured, int(batch["attention_mask"].sum()), stream.waited)
             last = number == steps
             evaluating = held_out is not None and (last or due(number, settings.eval_every))
@@ -126,7 +154,7 @@ def fit(
                 continue
             log.catch_up(write=last or interrupts.caught)
             if saving:
-                peft.save(output / f"step-{number}", state.adapters, model, config)
+                save(output / f"step-{number}")
             if held_out is not None and evaluating and not interrupts.caught:
                 result = held_out.evaluate(state.adapters, interrupts)
                 if result is not None:
@@ -137,7 +165,8 @@ def fit(
                 progress.say(f"interrupted after step {number}: saving what was trained")
                 break
             log.restart_clock()
-        peft.save(output, state.adapters, model, config)
-        plot_losses(output / "loss.png", metrics.history)
+        save(output)
+        if writes:
+            plot_losses(output / "loss.png", metrics.history)
     seconds = time.perf_counter() - began
     return FitResult(state.adapters, metrics.history, number, seconds, interrupted)

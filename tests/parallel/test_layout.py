@@ -1,0 +1,144 @@
+"""A run on eight virtual devices is the run on one; what lies where."""
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import qlora_jax as qj
+from qlora_jax.models import init_params, read_config
+from qlora_jax.parallel import Layout, make_mesh
+from qlora_jax.training.settings import TrainSettings
+from qlora_jax.training.trainer import fit
+from tests.training import models
+
+pytestmark = pytest.mark.standard_promotion  # optax.adamw
+
+BATCH, TIME, STEPS = 8, 16, 3
+TARGETS = ("q_proj", "down_proj")
+
+
+@functools.cache
+def model() -> qj.Model:
+    """K and N of whole blocks for two devices along each axis; an untied head."""
+    config = read_config(
+        {
+            "model_type": "llama",
+            "vocab_size": 96,
+            "hidden_size": 128,
+            "intermediate_size": 256,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 2,
+        }
+    )
+    params = qj.quantize_tree(init_params(config, jax.random.key(1)), qj.NF4())
+    return qj.Model(config, params, None, "random", jnp.float32)
+
+
+def batches() -> list[dict[str, np.ndarray]]:
+    rng = np.random.default_rng(0)
+    made = []
+    for _ in range(STEPS):
+        ids = rng.integers(0, 96, (BATCH, TIME)).astype(np.int32)
+        labels = np.where(rng.random(ids.shape) < 0.3, -100, ids).astype(np.int32)
+        made.append({"input_ids": ids, "labels": labels})
+    return made
+
+
+def start() -> tuple[Any, Any]:
+    optimizer = optax.adamw(1e-2)
+    config = qj.LoraConfig(rank=4, targets=TARGETS)
+    adapters = qj.lora.init(jax.random.key(0), model().params, config)
+    return optimizer, qj.TrainState.create(adapters, optimizer)
+
+
+@functools.cache
+def losses_of_one_device() -> list[float]:
+    optimizer, state = start()
+    step = qj.make_train_step(model().loss, optimizer)
+    losses = []
+    for batch in batches():
+        state, metrics = step(state, model().params, batch)
+        losses.append(float(metrics["loss"]))
+    return losses
+
+
+def losses_on(spec: str) -> tuple[list[float], Any, Any]:
+    layout = Layout.of(make_mesh(spec), model().config)
+    optimizer, state = start()
+    params, state = layout.params(model().params), layout.state(state)
+    shardings = layout.state_shardings(state)
+    step = qj.make_train_step(model().loss, optimizer, state_shardings=shardings)
+    losses = []
+    for batch in batches():
+        state, metrics = step(state, params, layout.batch(batch))
+        losses.append(float(metrics["loss"]))
+    assert jax.tree.map(lambda x: x.sharding, state) == shardings
+    return losses, params, state
+
+
+@pytest.mark.parametrize(
+    "spec",
+    [
+        pytest.param("data=8", marks=pytest.mark.slow),
+        pytest.param("fsdp=8", marks=pytest.mark.slow),
+        pytest.param("tensor=8", marks=pytest.mark.slow),
+        "data=2,fsdp=2,tensor=2",
+    ],
+)
+def test_losses_are_those_of_one_device(spec: str) -> None:
+    losses, params, state = losses_on(spec)
+    np.testing.assert_allclose(losses, losses_of_one_device(), atol=1e-5, rtol=0)
+    if spec != "data=8":
+        weight = params["layers"]["mlp"]["down_proj"]["kernel"]
+        parts = 4 if "data" in spec else 8
+        for leaf in (weight.codes, weight.scales):
+            assert leaf.sharding.shard_shape(leaf.shape)[1:] != leaf.shape[1:]
+            assert leaf.addressable_shards[0].data.size * parts == leaf.size
+        for moment in (state.opt_state[0].mu, state.opt_state[0].nu):
+            a = moment["layers/mlp/down_proj/kernel"].a
+            assert a.sharding == state.adapters["layers/mlp/down_proj/kernel"].a.sharding
+            assert a.addressable_shards[0].data.size * parts == a.size
+
+
+def test_fit_on_a_mesh(tmp_path: Any) -> None:
+    """Evaluation and a saved adapter included."""
+    settings = TrainSettings(steps=2, batch_size=4, accumulate=2)
+    config = qj.LoraConfig(rank=4, targets=TARGETS)
+    runs = [
+        fit(
+            models.model(),
+            config,
+            models.dataset(),
+            settings,
+            tmp_path / str(mesh),
+            evaluation=models.dataset(5, seed=1),
+            mesh=mesh and make_mesh(mesh),
+            display=False,
+        )
+        for mesh in (None, "fsdp=4,tensor=2")
+    ]
+    for one, other in zip(*(run.history for run in runs), strict=True):
+        for name in one.keys() & {"loss", "eval_loss", "grad_norm"}:
+            assert one[name] == pytest.approx(other[name], abs=1e-5)
+    saved, _ = qj.peft.load(tmp_path / "fsdp=4,tensor=2", models.model())
+    jax.tree.map(np.testing.assert_array_equal, saved, runs[1].adapters)
+
+
+def test_a_batch_that_cannot_be_split(tmp_path: Any) -> None:
+    settings = TrainSettings(steps=1, batch_size=6)
+    with pytest.raises(qj.QloraError, match="6 examples cannot be split over data x fsdp = 8"):
+        fit(
+            models.model(),
+            qj.LoraConfig(targets=TARGETS),
+            models.dataset(),
+            settings,
+            tmp_path / "out",
+            mesh=make_mesh(),
+        )
+    assert not (tmp_path / "out").exists()

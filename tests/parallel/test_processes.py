@@ -1,0 +1,93 @@
+"""Real processes on the loopback, found through jax.distributed: the losses of one process."""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import qlora_jax as qj
+from qlora_jax.parallel import distributed
+from tests.tiny import write_checkpoint
+
+ROOT = Path(__file__).resolve().parents[2]
+COMMAND = "from qlora_jax.cli import main; main()"
+
+
+def train(folder: Path, output: Path, processes: int, devices: int, *options: str) -> list[str]:
+    """`qlora-jax train` in so many processes of so many devices each -> what each one printed."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{free.getsockname()[1]}"
+    arguments = [
+        *("train", "--model", str(folder / "model"), "--data", str(folder / "rows.jsonl")),
+        *("--output", str(output), "--lora.targets", "q_proj", "down_proj", "--eval-count", "2"),
+        *("--training.steps", "3", "--training.batch-size", "4", *options),
+    ]
+    running = []
+    for number in range(processes):
+        env = os.environ | {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": str(devices)}
+        env["PYTHONPATH"] = os.pathsep.join([str(ROOT), env.get("PYTHONPATH", "")])
+        if processes > 1:
+            env |= {distributed.ADDRESS: address, distributed.COUNT: str(processes)}
+            env[distributed.NUMBER] = str(number)
+        running.append(
+            subprocess.Popen(
+                [sys.executable, "-c", COMMAND, *arguments],
+                env=env,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                text=True,
+            )
+        )
+    said = [process.communicate(timeout=300)[0] for process in running]
+    assert [process.returncode for process in running] == [0] * processes, "\n".join(said)
+    return said
+
+
+def losses(output: Path) -> list[float]:
+    lines = map(json.loads, (output / "metrics.jsonl").read_text().splitlines())
+    return [line.get("loss", line.get("eval_loss")) for line in lines]
+
+
+@pytest.mark.slow
+def test_losses_are_those_of_one_process(tmp_path: Path) -> None:
+    """Loading in parts, training, evaluation, the saved adapter; the first process alone speaks."""
+    write_checkpoint(tmp_path / "model", hidden=128, intermediate=256)
+    rows = [{"prompt": f"say {i}", "completion": f"{i} and {i}"} for i in range(10)]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    train(tmp_path, tmp_path / "one", 1, 1)
+    for processes, devices, mesh in ((2, 2, "fsdp=2,tensor=2"), (4, 1, "data=2,fsdp=2")):
+        output = tmp_path / str(processes)
+        said = train(tmp_path, output, processes, devices, "--mesh", mesh)
+        np.testing.assert_allclose(losses(output), losses(tmp_path / "one"), atol=1e-5, rtol=0)
+        assert "parameters trained" in said[0]
+        assert not any("parameters trained" in other for other in said[1:])
+    model = qj.load(tmp_path / "model", quantization=qj.NF4())
+    one, four = (qj.peft.load(tmp_path / name, model)[0] for name in ("one", "4"))
+    for path, adapter in one.items():
+        np.testing.assert_allclose(adapter.b, four[path].b, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("environment", "expected"),
+    [
+        ({}, False),
+        ({"SLURM_JOB_ID": "1", "SLURM_STEP_NUM_TASKS": "1"}, False),
+        ({"SLURM_STEP_NUM_TASKS": "4"}, True),
+        ({"OMPI_COMM_WORLD_SIZE": "2"}, True),
+        ({distributed.ADDRESS: "10.0.0.1:1234"}, True),
+    ],
+)
+def test_what_the_environment_says(environment: dict[str, str], expected: bool) -> None:
+    assert distributed.several(environment) is expected
+
+
+def test_numbers_that_are_none() -> None:
+    environment = {distributed.ADDRESS: "h:1", distributed.COUNT: "2"}
+    with pytest.raises(qj.QloraError, match="JAX_PROCESS_ID must be whole numbers, not '2' and No"):
+        distributed.join(environment)
