@@ -5,32 +5,30 @@ what moves and when. Here both are written into the compiled step.
 """
 
 import dataclasses
-from collections.abc import Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import optax
 from jax.sharding import NamedSharding, PartitionSpec
 
 from qlora_jax.errors import QloraError
-from qlora_jax.training.pages import Layout, Piece, by_path, layout, some
+from qlora_jax.training.pages import Layout, Whole, by_path, layout, some
 
-PAGE_BYTES = 2**27
-"""128 MiB: far more than copies need to run at full speed, little beside a device's memory."""
+PAGE_BYTES = 2**25
+"""32 MiB: enough for copies to run at full speed, little beside a device's memory."""
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class PagedState:
-    """State of a `paged` optimizer, all of it in pinned host memory.
+    """State of a `paged` optimizer.
 
-    shared  the wrapped optimizer's state of no parameter in particular: counts of steps
-    pages   its state of each page's parameters, as if they were all there are; None for `shared`
-    layout  what each page holds
+    inner   the wrapped optimizer's own, all of it in pinned host memory
+    layout  what the pages are
     """
 
-    shared: Any
-    pages: tuple[Any, ...]
+    inner: Any
     layout: Layout = dataclasses.field(metadata={"static": True})
 
 
@@ -41,8 +39,9 @@ def paged(
 
     During an update the state visits the device in pages, each of at most `page_bytes` together
     with the updates made from it: the next page arrives while one is updated, and no more than two
-    are there at a time. A larger parameter (stacked layers) is cut along its first axis; where the
-    optimizer looks at a parameter as a whole (Adafactor), it is a page of its own.
+    are there at a time. Pages are rows of a parameter (some of its stacked layers). Where the
+    optimizer looks at a parameter as a whole (Adafactor), it is a page of its own, and when it
+    comes is up to XLA.
 
     For any optimizer that treats each parameter apart: AdamW, Lion, Adafactor, their schedules,
     masks, `lora_plus`. `init` raises QloraError for others, such as one that clips by the global
@@ -52,54 +51,108 @@ def paged(
         raise QloraError(f"page_bytes must be at least 1, got {page_bytes}")
 
     def init(params: Any) -> PagedState:
-        leaves, tree = jax.tree.flatten(params)
         pages = layout(optimizer, params, page_bytes)
+        leaves, tree = jax.tree.flatten(params)
         shared = optimizer.init(some(tree, {}))
-
-        def page(pieces: Sequence[Piece]) -> Any:
-            held = {piece.parameter: piece.of(leaves[piece.parameter]) for piece in pieces}
-            state = _without(optimizer.init(some(tree, held)), shared)
-            return jax.tree.map(_to_host, state)
-
-        shared = jax.tree.map(_to_host, settled(shared, params))
-        return PagedState(shared, tuple(map(page, pages)), pages)
+        # One parameter at a time, so that the device never holds the state of all.
+        found: _State = by_path(jax.tree.map(_to_host, settled(shared, params)))
+        for number, leaf in enumerate(leaves):
+            own = by_path(optimizer.init(some(tree, {number: leaf})))
+            found |= {path: _to_host(x) for path, x in own.items() if path not in found}
+        whole = jax.eval_shape(optimizer.init, params)
+        return PagedState(_filled(whole, found), pages)
 
     def update(updates: Any, state: PagedState, params: Any = None) -> tuple[Any, PagedState]:
         grads, tree = jax.tree.flatten(updates)
         values = None if params is None else tree.flatten_up_to(params)
-        shared = jax.tree.map(_to_device, state.shared)
+        old = by_path(state.inner)
+        shared = by_path(jax.eval_shape(optimizer.init, some(tree, {})))
+        shared = {path: _to_device(old[path]) for path in shared}
 
-        def step(pieces: Sequence[Piece], inner: Any) -> tuple[list[Any], Any]:
-            """The updates of those pieces, and their new state."""
-
-            def held(leaves: Sequence[Any]) -> Any:
-                return some(tree, {p.parameter: p.of(leaves[p.parameter]) for p in pieces})
-
-            new, inner = optimizer.update(
-                held(grads), inner, None if values is None else held(values)
-            )
+        def step(given: dict[int, Any], own: _State, rows: Any = _all) -> tuple[_Leaves, _State]:
+            """Updates from gradients of some parameters, or rows of one, and their new state."""
+            tree_of = some(tree, given)
+            inner = _filled(jax.eval_shape(optimizer.init, tree_of), shared | own)
+            held = None
+            if values is not None:
+                held = some(tree, {number: rows(values[number]) for number in given})
+            new, inner = optimizer.update(tree_of, inner, held)
             leaves = tree.flatten_up_to(new)
-            return [leaves[piece.parameter] for piece in pieces], inner
+            return {number: leaves[number] for number in given}, by_path(inner)
 
-        _, new_shared = step((), shared)
-        pages: list[Any] = []
-        for pieces, page in zip(state.layout, state.pages, strict=True):
-            # Without a reason to wait, all pages would arrive at once. This one waits until the one
-            # before the last has left, whose place it takes.
-            if len(pages) >= 2:
-                page, pages[-2] = jax.lax.optimization_barrier((page, pages[-2]))
-            # Counts go through the barrier too: XLA would else divide all pages by one number,
-            # multiplying by its reciprocal, which has other bits than dividing one array has.
-            page, counts = jax.lax.optimization_barrier((jax.tree.map(_to_device, page), shared))
-            new, inner = step(pieces, _with(page, counts))
-            new, page = jax.lax.optimization_barrier((new, _without(inner, counts)))
-            for piece, part in zip(pieces, new, strict=True):
-                grads[piece.parameter] = _put(grads[piece.parameter], part, piece)
-            pages.append(jax.tree.map(_to_host, page))
-        new_state = PagedState(jax.tree.map(_to_host, new_shared), tuple(pages), state.layout)
-        return tree.unflatten(grads), new_state
+        _, new_state = step({}, {})
+        for page in state.layout:
+            numbers = page.parameters if isinstance(page, Whole) else (page.parameter,)
+            given = {number: grads[number] for number in numbers}
+            paths = by_path(jax.eval_shape(optimizer.init, some(tree, given))).keys()
+            own = {path: old[path] for path in paths if path not in shared}
+            if isinstance(page, Whole):
+                arrived = {path: _to_device(x) for path, x in own.items()}
+                new, inner = step(given, arrived)
+            else:
+                new, inner = _in_pages(step, given, own, page.rows)
+            for number in numbers:
+                grads[number] = new[number]
+            new_state |= {path: inner[path] for path in own}
+        new_state = {path: _to_host(x) for path, x in new_state.items()}
+        return tree.unflatten(grads), PagedState(_filled(state.inner, new_state), state.layout)
 
     return optax.GradientTransformation(init, update)
+
+
+_State = dict[Any, jax.Array]
+"""Path in the wrapped optimizer's state -> array."""
+
+_Leaves = dict[int, jax.Array]
+"""Number of a parameter -> its gradient or update."""
+
+
+def _in_pages(step: Any, given: _Leaves, own: _State, rows: int) -> tuple[_Leaves, _State]:
+    """`step` for one parameter, whose state is in host memory, so many rows at a time."""
+    ((number, gradient),) = given.items()
+    count, paths = gradient.shape[0] // rows, list(own)
+
+    def turn(carry: Any, i: jax.Array) -> Any:
+        """Page i arrives, page i - 1 is updated and leaves."""
+        gradient, state, page = carry
+        arriving = [_to_device(_rows(x, jnp.minimum(i, count - 1) * rows, rows)) for x in state]
+        start = jnp.maximum(i - 1, 0) * rows
+        old = _rows(gradient, start, rows)
+        new, inner = step(
+            {number: old}, dict(zip(paths, page, strict=True)), lambda x: _rows(x, start, rows)
+        )
+        leaving = [inner[path] for path in paths]
+        # Nothing is written before the next page is read: else XLA would copy all state, so that
+        # the one does not disturb the other.
+        update, leaving, arriving = jax.lax.optimization_barrier((new[number], leaving, arriving))
+        if update.dtype != old.dtype:
+            raise QloraError(
+                f"an update of {update.dtype} was made from a gradient of {old.dtype}; cast "
+                f"gradients to {update.dtype} before they come to a paged optimizer"
+            )
+        # Turn 0 has nothing to update, and what it writes is written again in turn 1. (If the first
+        # page arrived before the loop, XLA might fetch those of all parameters at once.)
+        update = jnp.where(i > 0, update, old)
+        gradient = jax.lax.dynamic_update_slice_in_dim(gradient, update, start, 0)
+        state = [
+            jax.lax.dynamic_update_slice_in_dim(x, _to_host(y), start, 0)
+            for x, y in zip(state, leaving, strict=True)
+        ]
+        return (gradient, state, arriving), None
+
+    state = list(own.values())
+    nothing = [jnp.zeros_like(_to_device(x[:rows])) for x in state]
+    carry = (gradient, state, nothing)
+    (gradient, state, _), _ = jax.lax.scan(turn, carry, jnp.arange(count + 1))
+    return {number: gradient}, dict(zip(paths, state, strict=True))
+
+
+def _rows(x: jax.Array, start: Any, rows: int) -> jax.Array:
+    return jax.lax.dynamic_slice_in_dim(x, start, rows)
+
+
+def _all(x: jax.Array) -> jax.Array:
+    return x
 
 
 def host_shardings(state: Any, sharding: jax.sharding.Sharding) -> Any:
@@ -154,27 +207,6 @@ def _to_device(x: jax.Array) -> jax.Array:
     return jax.device_put(x, x.sharding.with_memory_kind("device"))
 
 
-def _put(gradient: jax.Array, update: jax.Array, piece: Piece) -> jax.Array:
-    """The update in the place of the gradient, which nobody needs any more."""
-    if piece.start is None:
-        return update
-    if update.dtype != gradient.dtype:
-        raise QloraError(
-            f"an update of {update.dtype} was made from a gradient of {gradient.dtype}; cast "
-            f"gradients to {update.dtype} before they come to a paged optimizer"
-        )
-    return jax.lax.dynamic_update_slice_in_dim(gradient, update, piece.start, 0)
-
-
-def _without(state: Any, shared: Any) -> Any:
-    """None for what `shared` has."""
-    paths = by_path(shared)
-    return jax.tree_util.tree_map_with_path(lambda p, x: None if p in paths else x, state)
-
-
-def _with(state: Any, shared: Any) -> Any:
-    """The inverse of `_without`."""
-    paths = by_path(shared)
-    return jax.tree_util.tree_map_with_path(
-        lambda p, x: paths.get(p) if x is None else x, state, is_leaf=lambda x: x is None
-    )
+def _filled(tree: Any, leaves: _State) -> Any:
+    """`tree` with the leaves at those paths."""
+    return jax.tree_util.tree_map_with_path(lambda path, _: leaves[path], tree)

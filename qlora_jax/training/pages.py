@@ -12,20 +12,20 @@ from qlora_jax.quant import path_str
 from qlora_jax.training.dependence import Dependence, Rows, dependences
 
 
-class Piece(NamedTuple):
-    """Rows start to stop of a parameter; all of it where they are None."""
+class Whole(NamedTuple):
+    """A page of whole parameters, by their numbers among the tree's leaves."""
+
+    parameters: tuple[int, ...]
+
+
+class Cut(NamedTuple):
+    """A parameter in pages of so many rows each."""
 
     parameter: int
-    start: int | None = None
-    stop: int | None = None
-
-    def of(self, array: Any) -> Any:
-        """These rows of an array that has the parameter's."""
-        return array if self.start is None else array[self.start : self.stop]
+    rows: int
 
 
-Layout = tuple[tuple[Piece, ...], ...]
-"""What each page holds; parameters by their number among the tree's leaves."""
+Layout = tuple[Whole | Cut, ...]
 
 
 def some(tree: Any, leaves: Mapping[int, Any]) -> Any:
@@ -39,30 +39,30 @@ def by_path(tree: Any) -> dict[Any, Any]:
 
 
 def layout(optimizer: optax.GradientTransformation, params: Any, page_bytes: int) -> Layout:
-    """Parameters in their order, cut into pieces where too large, as many to a page as fit.
+    """One page of small parameters, then the others: in pages of some rows, or whole.
 
-    What counts is the state of a piece and its update. Raises QloraError if the optimizer does not
-    treat parameters apart.
+    What counts is state and update. Pages of a parameter are equal, so that one loop does them all;
+    there are at least two, since XLA unrolls a loop of one, and what is unrolled it may do all at
+    once. Raises QloraError if the optimizer does not treat parameters apart.
     """
-    pages: list[list[Piece]] = []
-    room = 0
-    for number, (size, rows) in enumerate(_parameters(optimizer, params)):
-        pieces = [(Piece(number), size)]
-        if rows is not None and size > page_bytes:
-            step = max(1, page_bytes * rows // size)
-            cuts = [*range(0, rows, step), rows]
-            pieces = [
-                (Piece(number, start, stop), size * (stop - start) // rows)
-                for start, stop in zip(cuts, cuts[1:], strict=False)
-            ]
-        for piece, size in pieces:
-            # A tree has one place for a parameter, so that two pieces of it are never in one page.
-            if not pages or size > room or piece.parameter == pages[-1][-1].parameter:
-                pages.append([])
-                room = page_bytes
-            pages[-1].append(piece)
-            room -= size
-    return tuple(map(tuple, pages))
+    found = _parameters(optimizer, params)
+    room, together = page_bytes, []
+    for number in sorted(range(len(found)), key=lambda i: found[i].size):
+        room -= found[number].size
+        if room < 0:
+            break
+        together.append(number)
+    pages: list[Whole | Cut] = [Whole(tuple(sorted(together)))] if together else []
+    for number, (size, rows) in enumerate(found):
+        if number in together:
+            continue
+        if rows is None or rows < 2:
+            pages.append(Whole((number,)))
+            continue
+        fits = min(page_bytes * rows // size, rows // 2)
+        divisors = [n for n in range(1, max(fits, 1) + 1) if rows % n == 0]
+        pages.append(Cut(number, divisors[-1]))
+    return tuple(pages)
 
 
 class _Parameter(NamedTuple):
