@@ -19,6 +19,7 @@ from qlora_jax.quant import (
     quantize_tree,
     use_implementation,
 )
+from qlora_jax.training.adamw8bit import adamw8bit
 from qlora_jax.training.lora_plus import lora_plus
 from qlora_jax.training.masks import combine, freeze_base, partition, trainable_mask
 from qlora_jax.training.paged import paged
@@ -37,6 +38,7 @@ __all__ = [
     "QuantizedArray",
     "TrainState",
     "VeraConfig",
+    "adamw8bit",
     "backends",
     "combine",
     "freeze_base",

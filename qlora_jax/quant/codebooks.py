@@ -40,18 +40,18 @@ def fp4() -> np.ndarray:
 
 
 @functools.cache
-def dynamic_8bit() -> np.ndarray:
-    """The signed dynamic 8-bit map in ascending order, fp32 [256]; index 127 is exactly 0.
+def dynamic_8bit(signed: bool = True) -> np.ndarray:
+    """The dynamic 8-bit map in ascending order, fp32 [256]; of the signed, index 127 is exactly 0.
 
-    Seven decades, the i-th cut into 2^i intervals whose midpoints are the levels: relative
-    precision near one, and range down to 1e-6.
+    Seven decades, the i-th cut into 2^i intervals (2^(i+1) where no sign takes a bit) whose
+    midpoints are the levels: relative precision near one, and range down to 1e-6.
     """
     levels = [0.0, 1.0]
     for i in range(7):
-        edges = _linspace32(0.1, 1.0, 2**i + 1)
+        edges = _linspace32(0.1, 1.0, (2**i if signed else 2 ** (i + 1)) + 1)
         midpoints = (edges[:-1] + edges[1:]) / np.float32(2)
         scaled = (np.float32(10.0 ** (i - 6)) * midpoints).tolist()
-        levels += scaled + [-v for v in scaled]
+        levels += scaled + ([-v for v in scaled] if signed else [])
     return _frozen(np.sort(np.asarray(levels, np.float32)))
 
 
