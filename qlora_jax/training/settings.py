@@ -2,15 +2,19 @@
 
 import dataclasses
 import math
-from typing import get_args
+from typing import Literal, get_args
 
 import optax
 
 from qlora_jax.data.lengths import check_shapes
 from qlora_jax.errors import QloraError
 from qlora_jax.models.remat import RematPolicy, check_remat
+from qlora_jax.training.adamw8bit import adamw8bit
 from qlora_jax.training.lora_plus import lora_plus
+from qlora_jax.training.paged import paged
 from qlora_jax.training.schedules import ScheduleName, schedule
+
+OptimizerName = Literal["adamw", "adamw8bit", "lion", "adafactor"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,12 +44,17 @@ class TrainSettings:
     """How the rate falls after the warm-up: not at all, to zero linearly, or along a cosine."""
     warmup: int | float = 0
     """In how many steps the rate rises; with a decimal point: in what share of them, 0.0 to 1.0."""
+    optimizer: OptimizerName = "adamw"
+    """adamw8bit keeps its state in a quarter of the memory, adafactor and lion in half of it."""
+    paged: bool = False
+    """Keep the optimizer's state in the host's memory; it visits the device a page at a time."""
     weight_decay: float = 0.0
-    """AdamW's."""
+    """Of the weights, times the learning rate."""
     beta1: float = 0.9
-    """AdamW's decay of the mean of gradients."""
+    """Decay of the mean of gradients; not adafactor's, which keeps none."""
     beta2: float = 0.999
-    """AdamW's decay of the mean of squared gradients."""
+    """AdamW's decay of the mean of squared gradients; Lion's (whose authors take 0.99), of what it
+    remembers of gradients."""
     max_grad_norm: float | None = 0.3
     """Gradients are clipped to this global norm."""
     sequence_length: int | None = None
@@ -99,6 +108,11 @@ class TrainSettings:
         check_shapes(self.packing, self.group_by_length, self.most_buckets)
         if self.schedule not in get_args(ScheduleName):
             raise QloraError(f"schedule must be constant, linear or cosine, got {self.schedule!r}")
+        if self.optimizer not in get_args(OptimizerName):
+            raise QloraError(
+                f"optimizer must be one of {', '.join(get_args(OptimizerName))}, "
+                f"got {self.optimizer!r}"
+            )
 
     @property
     def most_buckets(self) -> int:
@@ -116,12 +130,26 @@ class TrainSettings:
         """Step -> learning rate, over a run of `steps`."""
         return schedule(self.schedule, self.learning_rate, steps, self.warmup)
 
-    def optimizer(self, steps: int) -> optax.GradientTransformation:
-        """AdamW on that schedule."""
-        adamw = optax.adamw(
-            self.learning_rates(steps),
-            b1=self.beta1,
-            b2=self.beta2,
-            weight_decay=self.weight_decay,
-        )
-        return adamw if self.loraplus_lr_ratio == 1 else lora_plus(adamw, self.loraplus_lr_ratio)
+    def make_optimizer(self, steps: int) -> optax.GradientTransformation:
+        """The chosen optimizer on that schedule."""
+        rates, decay = self.learning_rates(steps), self.weight_decay
+        betas = {"b1": self.beta1, "b2": self.beta2}
+        optimizer: optax.GradientTransformation
+        if self.optimizer == "adamw":
+            optimizer = optax.adamw(rates, **betas, weight_decay=decay)
+        elif self.optimizer == "adamw8bit":
+            optimizer = adamw8bit(rates, **betas, weight_decay=decay)
+        elif self.optimizer == "lion":
+            optimizer = optax.lion(rates, **betas, weight_decay=decay)
+        else:
+            # Not optax.adafactor: its steps are in proportion to the parameter, and B starts from
+            # zero; its decay takes no notice of the learning rate.
+            optimizer = optax.chain(
+                optax.scale_by_factored_rms(),
+                optax.clip_by_block_rms(1.0),
+                optax.add_decayed_weights(decay),
+                optax.scale_by_learning_rate(rates),
+            )
+        if self.loraplus_lr_ratio != 1:
+            optimizer = lora_plus(optimizer, self.loraplus_lr_ratio)
+        return paged(optimizer) if self.paged else optimizer

@@ -101,7 +101,7 @@ def fit(
     stream = StepBatches(train, settings)
     steps = stream.steps
     rates = None if optimizer else rate_table(settings.learning_rates(steps), steps)
-    optimizer = optimizer or settings.optimizer(steps)
+    optimizer = optimizer or settings.make_optimizer(steps)
     keys = jax.random.split(jax.random.key(settings.seed))
 
     def start(adapters: lora.Adapters | None, params: Any, keys: Any) -> TrainState:

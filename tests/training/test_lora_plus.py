@@ -41,7 +41,7 @@ def test_as_a_setting_it_is_adamw_with_two_rates():
     """Decay of weights included, which is proportional to the rate."""
     for ratio in (1.0, 16.0):
         settings = TrainSettings(loraplus_lr_ratio=ratio, weight_decay=0.1)
-        optimizer = settings.optimizer(10)
+        optimizer = settings.make_optimizer(10)
         updates, _ = optimizer.update(ADAPTERS, optimizer.init(ADAPTERS), ADAPTERS)
         expected = jax.tree.map(
             lambda fast, r=ratio: np.full(3, -2.2e-4 * (r if fast else 1)), FAST

@@ -1,5 +1,8 @@
 """Paged optimizers: the same updates, with the state elsewhere."""
 
+import dataclasses
+from typing import get_args
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -10,8 +13,9 @@ from jax.sharding import NamedSharding, PartitionSpec
 import qlora_jax as qj
 from qlora_jax.data import batches
 from qlora_jax.lora import LoraWeights
-from qlora_jax.training.paged import host_shardings
+from qlora_jax.training.paged import host_shardings, is_paged
 from qlora_jax.training.pages import Cut, Whole, layout
+from qlora_jax.training.settings import OptimizerName, TrainSettings
 from tests.training import models
 
 pytestmark = pytest.mark.standard_promotion  # optax
@@ -24,7 +28,7 @@ OPTIMIZERS = {
     "adafactor": optax.adafactor(RATE, min_dim_size_to_factor=8),
     "lion": optax.lion(RATE),
     "lora_plus": qj.lora_plus(optax.adamw(RATE), 16.0),
-    "hyperparameters": optax.inject_hyperparams(optax.adamw)(learning_rate=1e-3),
+    "adamw8bit": qj.adamw8bit(RATE, weight_decay=0.1),
 }
 PAGE = 2000
 """Bytes: some parameters below are smaller, some larger."""
@@ -139,6 +143,21 @@ def test_the_train_step_needs_to_know_nothing():
     assert step._cache_size() == 1
     assert on_host(state.opt_state)
     assert {x.sharding.memory_kind for x in jax.tree.leaves(state.adapters)} == {"device"}
+
+
+@pytest.mark.parametrize("name", get_args(OptimizerName))
+def test_as_settings(name):
+    """Each takes a step against the gradient of about the learning rate, paged or not."""
+    settings = TrainSettings(optimizer=name, learning_rate=0.5)
+    params, grads = {"w": jnp.zeros((4, 4))}, {"w": jnp.full((4, 4), 0.1)}
+    for chosen in (settings, dataclasses.replace(settings, paged=True)):
+        optimizer = chosen.make_optimizer(10)
+        state = optimizer.init(params)
+        assert is_paged(state) is chosen.paged
+        updates, _ = optimizer.update(grads, state, params)
+        np.testing.assert_allclose(updates["w"], -0.5, rtol=1e-5)
+    with pytest.raises(qj.QloraError, match="one of adamw, adamw8bit, lion, adafactor, got 'sgd'"):
+        TrainSettings(optimizer="sgd")  # pyright: ignore[reportArgumentType]
 
 
 def test_sharded_state_stays_sharded():
