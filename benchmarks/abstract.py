@@ -1,17 +1,14 @@
 """A whole LoRA train step over a 4-bit model, from shapes alone: nothing is allocated."""
 
-import functools
 from typing import Any
 
-import jax
 import jax.numpy as jnp
-import optax
 
 import qlora_jax as qj
-from qlora_jax import models
-from qlora_jax.checkpoints.model import Model
 from qlora_jax.models import LlamaConfig
-from qlora_jax.models.remat import Remat
+from qlora_jax.models.remat import RematPolicy
+from qlora_jax.plan import abstract
+from qlora_jax.training.settings import TrainSettings
 
 
 def config(layers: int, hidden: int = 1024, vocabulary: int = 32000) -> LlamaConfig:
@@ -35,21 +32,9 @@ def train_step(
     time: int,
     rank: int = 16,
     dtype: Any = jnp.float32,
-    remat: Remat = "full",
+    remat: RematPolicy = "full",
 ) -> tuple[Any, tuple[Any, Any, Any]]:
     """(step, (state, params, batch)): the jitted step, and shapes that it can be lowered for."""
-    params = qj.quantize_tree(models.abstract_params(config, dtype), qj.NF4())
-    model = Model(config=config, params=params, tokenizer=None, source="abstract", dtype=dtype)
-    adapters = jax.eval_shape(
-        lambda key: qj.lora.init(key, params, qj.LoraConfig(rank=rank)), jax.random.key(0)
-    )
-    optimizer = optax.adamw(2e-4)
-    state = jax.eval_shape(lambda a: qj.TrainState.create(a, optimizer), adapters)
-    loss = functools.partial(model.loss, remat=remat)
-    step = qj.make_train_step(loss, optimizer, max_grad_norm=0.3)
-    tokens = jax.ShapeDtypeStruct((batch, time), jnp.int32)
-    return step, (
-        state,
-        params,
-        {"input_ids": tokens, "labels": tokens, "attention_mask": tokens},
-    )
+    training = TrainSettings(batch_size=batch, remat=remat)
+    step = abstract.train_step(config, time, qj.LoraConfig(rank=rank), training, qj.NF4(), dtype)
+    return step.step, step.arguments

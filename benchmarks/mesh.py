@@ -23,7 +23,7 @@ import qlora_jax as qj
 from benchmarks import abstract
 from qlora_jax.models import LlamaConfig
 from qlora_jax.parallel.rules import bytes_on_a_device
-from tests.compile.run import environment
+from qlora_jax.plan.compilers import environment
 
 LLAMA_65B = {
     "vocab_size": 32000,
@@ -180,5 +180,5 @@ if __name__ == "__main__":
     print("|---|---|---|---|---|---|---|", flush=True)
     for case in sys.argv[2:] or CASES:
         command = [sys.executable, "-m", "benchmarks.mesh", "--case", case]
-        env = environment("tpu", Path(sys.argv[1]).resolve() / "tpu")
+        env = environment("tpu", Path(sys.argv[1]).resolve())
         subprocess.run(command, env=env, check=True)

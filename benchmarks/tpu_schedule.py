@@ -36,7 +36,7 @@ K = N = 4096
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--compiler", type=Path, default=Path(".cache/compilers/tpu"))
+    parser.add_argument("--compilers", type=Path, default=Path(".cache/compilers"))
     parser.add_argument("--rows", type=int, nargs="+", default=[1, 16, 64, 512, 1024, 4096])
     parser.add_argument("--devices", nargs="+", default=list(DEVICES), choices=list(DEVICES))
     args = parser.parse_args()
@@ -44,7 +44,7 @@ def main() -> None:
     print("|---|---|---|---|---|---|---|---|")
     for device in args.devices:
         for rows in args.rows:
-            found = {name: schedule(args.compiler, device, rows, name) for name in KERNELS}
+            found = {name: schedule(args.compilers, device, rows, name) for name in KERNELS}
             for name in ("forward", "transposed"):
                 peer = found["dense" + name.removeprefix("forward").replace("trans", " trans")]
                 print(row(device, rows, name, found[name], peer), flush=True)
@@ -64,12 +64,12 @@ def row(device: str, rows: int, name: str, ours: dict[str, Any], peer: dict[str,
     )
 
 
-def schedule(compiler: Path, device: str, rows: int, kernel: str) -> dict[str, Any]:
+def schedule(compilers: Path, device: str, rows: int, kernel: str) -> dict[str, Any]:
     """Compile one kernel in a process of its own and add up the schedule that it dumps."""
-    from tests.compile.run import environment
+    from qlora_jax.plan.compilers import environment
 
     with tempfile.TemporaryDirectory() as folder:
-        env = environment("tpu", compiler.resolve())
+        env = environment("tpu", compilers.resolve())
         env["LIBTPU_INIT_ARGS"] = f"--xla_jf_dump_to={folder} --xla_jf_dump_llo_text=true"
         command = [sys.executable, "-m", "benchmarks.tpu_schedule", "--child"]
         out = subprocess.run(

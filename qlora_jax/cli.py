@@ -1,6 +1,7 @@
 """The command line, `qlora-jax`."""
 
 import importlib
+import importlib.util
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -15,6 +16,7 @@ COMMANDS = {
     "merge": ("Merge", "add an adapter into its base: a dense checkpoint"),
     "quantize": ("Quantize", "write a 4-bit model, to be loaded at once"),
     "convert": ("Convert", "write a checkpoint in another format"),
+    "plan": ("Plan", "what a run takes of a device, before it is rented"),
     "demo": ("Demo", "fine-tune a small model here and now, in a few minutes"),
 }
 FOOTER = (
@@ -49,22 +51,26 @@ def main(argv: Sequence[str] | None = None) -> None:
 def _run(name: str, arguments: list[str]) -> None:
     if name not in COMMANDS:
         raise QloraError(f"no command {name!r}\n\n{_usage()}")
-    try:
-        import tyro
-    except ModuleNotFoundError as error:
-        raise missing("tyro", "the command line", "cli") from error
+    if importlib.util.find_spec("tyro") is None:
+        raise missing("tyro", "the command line", "cli")
     module = importlib.import_module(f"qlora_jax.commands.{name}")
-    command = getattr(module, COMMANDS[name][0])
-    settings = tyro.cli(
+    parse(getattr(module, COMMANDS[name][0]), arguments, name).run()
+
+
+def parse(command: Any, arguments: Sequence[str], name: str) -> Any:
+    """An instance of `command`, a dataclass of settings, from a command line; --config FILE in it
+    is replaced by what the file says."""
+    import tyro
+
+    return tyro.cli(
         command,
         prog=f"qlora-jax {name}",
         description=f"{command.__doc__}\n\n{FOOTER}",
         args=_with_file(arguments),
     )
-    settings.run()
 
 
-def _with_file(arguments: list[str]) -> list[str]:
+def _with_file(arguments: Sequence[str]) -> list[str]:
     """The arguments with `--config FILE` replaced by what the file says, before all others."""
     rest: list[str] = []
     from_file: list[str] = []

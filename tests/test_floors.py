@@ -18,7 +18,7 @@ FLOORS = [
     {"models", "checkpoints"},
     {"parallel"},
     {"training", "data", "generation"},
-    {"cli", "commands", "demo_task"},
+    {"cli", "commands", "demo_task", "plan"},
 ]
 """Lowest first. The parts of one floor may import each other; `qlora_jax/__init__.py` is a roof."""
 

@@ -3,6 +3,7 @@
 import functools
 import re
 from pathlib import Path
+from typing import Any
 
 from qlora_jax.errors import QloraError, missing, reason
 
@@ -19,12 +20,7 @@ def download(name: str) -> Path:
 
     Raises QloraError if `name` is no such name, or the hub does not have or give it.
     """
-    if not re.fullmatch(_NAME, name):
-        raise QloraError(f"{name}: no such file or folder, and no name of a model (owner/model)")
-    try:
-        import huggingface_hub
-    except ModuleNotFoundError as error:
-        raise missing("huggingface_hub", f"downloading {name}", "hf") from error
+    huggingface_hub = _client(name)
     try:
         fetch = functools.partial(
             huggingface_hub.snapshot_download, name, ignore_patterns=list(_NOT)
@@ -35,7 +31,30 @@ def download(name: str) -> Path:
         return folder
     # The hub's client raises errors of its own, of httpx and of requests, by version.
     except Exception as error:
-        raise QloraError(
-            f"{name}: no such file or folder here, and not to be had from the Hugging Face hub "
-            f"({reason(error)})"
-        ) from error
+        raise _not_to_be_had(name, error) from error
+
+
+def download_config(name: str) -> Path:
+    """The config.json of "owner/model" alone; otherwise as `download`."""
+    huggingface_hub = _client(name)
+    try:
+        return Path(huggingface_hub.hf_hub_download(name, "config.json"))
+    except Exception as error:
+        raise _not_to_be_had(name, error) from error
+
+
+def _client(name: str) -> Any:
+    if not re.fullmatch(_NAME, name):
+        raise QloraError(f"{name}: no such file or folder, and no name of a model (owner/model)")
+    try:
+        import huggingface_hub
+    except ModuleNotFoundError as error:
+        raise missing("huggingface_hub", f"downloading {name}", "hf") from error
+    return huggingface_hub
+
+
+def _not_to_be_had(name: str, error: Exception) -> QloraError:
+    return QloraError(
+        f"{name}: no such file or folder here, and not to be had from the Hugging Face hub "
+        f"({reason(error)})"
+    )

@@ -83,7 +83,7 @@ def load(
         if request:
             config = request.of(config)
             params = _with_head(params, config, request, dtype, str(folder))
-        return _model(config, params, read_tokenizer(), str(source), dtype)
+        return assemble(config, params, read_tokenizer(), str(source), dtype)
     stored = tensors.inside if isinstance(tensors, EncoderTensors) else tensors
     if isinstance(stored, BitsandbytesFolder):
         stored.check(quantization, policy)
@@ -104,11 +104,11 @@ def load(
                 on_disk = dataclasses.replace(on_disk, placed=placed)
             leaf = on_disk.read()
         _put(params, parameter.path, leaf)
-    return _model(config, params, tokens, str(source), dtype)
+    return assemble(config, params, tokens, str(source), dtype)
 
 
-def _model(config: Any, *fields: Any) -> Any:
-    """The kind of model that the configuration is of."""
+def assemble(config: Any, *fields: Any) -> Any:
+    """The kind of model that the configuration is of, with the fields of `Model` after it."""
     if isinstance(config, EncoderConfig):
         return EncoderModel(config, *fields)
     return Seq2SeqModel(config, *fields) if isinstance(config, T5Config) else Model(config, *fields)
@@ -150,7 +150,7 @@ def load_lazily(source: str | Path, *, quantization: QuantConfig | None = None) 
     for parameter in parameters(config):
         use = quantization if choose.selects(parameter.path, parameter.shape) else None
         _put(params, parameter.path, OnDisk(parameter, tensors, use, None))
-    return _model(config, params, read_tokenizer(), str(source), jnp.float32)
+    return assemble(config, params, read_tokenizer(), str(source), jnp.float32)
 
 
 def _open(

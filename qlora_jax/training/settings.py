@@ -71,6 +71,9 @@ class TrainSettings:
     """What the backward pass keeps of each layer, the rest being computed again: all it needs, only
     what comes out of products (dots), of those only the narrow ones (names), only its input (full:
     least memory, a third more time), or the narrow ones in the host's memory (offload)."""
+    memory: Literal["manual", "auto"] = "manual"
+    """auto: choose `remat` and `paged` at the start, the fastest that fit the device by the formula
+    of `qlora-jax plan`."""
     seed: int = 0
     """Of the adapters' initial values, the order of examples, and dropout."""
     eval_every: int | None = None
@@ -105,6 +108,8 @@ class TrainSettings:
                 f"got {self.warmup}"
             )
         check_remat(self.remat)
+        if self.memory not in ("manual", "auto"):
+            raise QloraError(f"memory must be manual or auto, got {self.memory!r}")
         check_shapes(self.packing, self.group_by_length, self.most_buckets)
         if self.schedule not in get_args(ScheduleName):
             raise QloraError(f"schedule must be constant, linear or cosine, got {self.schedule!r}")

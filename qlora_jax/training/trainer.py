@@ -17,6 +17,7 @@ from qlora_jax.checkpoints.any_model import AnyModel
 from qlora_jax.data import TokenizedDataset
 from qlora_jax.errors import QloraError, missing
 from qlora_jax.parallel import Layout, is_first, whole_here
+from qlora_jax.training.auto import fitting
 from qlora_jax.training.checks import check_examples
 from qlora_jax.training.evaluation import HeldOut
 from qlora_jax.training.interrupts import Interrupts
@@ -101,13 +102,20 @@ def fit(
     stream = StepBatches(train, settings)
     steps = stream.steps
     rates = None if optimizer else rate_table(settings.learning_rates(steps), steps)
-    optimizer = optimizer or settings.make_optimizer(steps)
+    own, optimizer = optimizer, optimizer or settings.make_optimizer(steps)
     keys = jax.random.split(jax.random.key(settings.seed))
 
     def start(adapters: lora.Adapters | None, params: Any, keys: Any) -> TrainState:
         if adapters is None:
             adapters = lora.init(keys[0], params, config)
         return TrainState.create(adapters, optimizer, keys[1])
+
+    if settings.memory == "auto":
+        shapes = jax.eval_shape(start, adapters, model.params, keys)
+        settings, chosen = fitting(model, settings, shapes, stream[0], layout, may_page=own is None)
+        optimizer = own or settings.make_optimizer(steps)
+        if display and is_first():
+            print(chosen)
 
     shardings, examples_axis = None, int(settings.accumulate > 1)
     if layout is None:

@@ -2,50 +2,31 @@
 
     python -m tests.compile.run COMPILERS [PROGRAM]
 
-PROGRAM: only this one of train_step, tpu_kernels and gpu_kernels. COMPILERS holds the folders `tpu`
-(libtpu), `gpu` (JAX's CUDA plugin, ptxas) and `cuda` (qlora-jax-cuda) as `make compile` installs
-them. A process each, because what a target cannot compile may abort the process.
+PROGRAM: only this one of train_step, tpu_kernels, gpu_kernels and plan. COMPILERS holds the folders
+`tpu` (libtpu), `gpu` (JAX's CUDA plugin, ptxas) and `cuda` (qlora-jax-cuda) as `make compile`
+installs them. A process each, because what a target cannot compile may abort the process.
 """
 
-import os
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+from qlora_jax.plan.compilers import environment
 from tests.compile.targets import TARGETS
 
-SETTINGS = {
-    "tpu": {
-        "TPU_SKIP_MDS_QUERY": "1",
-        "TPU_WORKER_HOSTNAMES": "localhost",
-        "TPU_WORKER_ID": "0",
-        "TPU_ACCELERATOR_TYPE": "v5litepod-4",
-        "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",  # no device is there to quarrel about
-    },
-    "gpu": {},
+PROGRAMS = {
+    "tpu": ("train_step", "tpu_kernels"),
+    "gpu": ("train_step", "gpu_kernels", "plan"),
 }
-
-PROGRAMS = {"tpu": ("train_step", "tpu_kernels"), "gpu": ("train_step", "gpu_kernels")}
 SKIPPED = (
     ("train_step", "TPU v4"),  # without a device, a step is compiled with kernels of v5 and later
     ("tpu_kernels", "TPU v7x"),  # they are v6e's; the train step shows that they compile
     ("gpu_kernels", "RTX A6000"),  # they are Hopper's
+    ("plan", "H200"),  # one is enough
 )
 
 PARALLEL = 2  # a compilation takes about one core
-
-
-def environment(compiler: str, folder: Path) -> dict[str, str]:
-    """Ours, with the compiler's packages importable; the devices themselves are not looked for."""
-    env = os.environ | SETTINGS[compiler] | {"JAX_PLATFORMS": "cpu", "TF_CPP_MIN_LOG_LEVEL": "3"}
-    path = [str(folder), env.get("PYTHONPATH", "")]
-    if compiler == "gpu":
-        path.insert(0, str(folder.with_name("cuda")))
-        (toolkit,) = folder.glob("nvidia/cu*")  # ptxas and libdevice
-        env["XLA_FLAGS"] = f"{env.get('XLA_FLAGS', '')} --xla_gpu_cuda_data_dir={toolkit}".strip()
-    env["PYTHONPATH"] = os.pathsep.join(path)
-    return env
 
 
 def main(compilers: Path, only: str | None = None) -> int:
@@ -59,7 +40,7 @@ def main(compilers: Path, only: str | None = None) -> int:
     def compiles(job: tuple[str, str]) -> bool:
         name, program = job
         compiler = TARGETS[name].compiler
-        env = environment(compiler, compilers.resolve() / compiler)
+        env = environment(compiler, compilers.resolve())
         command = [sys.executable, "-m", f"tests.compile.{program}", name]
         return subprocess.run(command, env=env, check=False).returncode == 0
 

@@ -1,0 +1,246 @@
+"""Making a plan: measure, search for what is largest, and look for what helps."""
+
+import dataclasses
+import math
+from collections.abc import Callable
+from typing import Any
+
+import jax
+from jax.sharding import AbstractMesh, SingleDeviceSharding
+
+from qlora_jax.lora import count
+from qlora_jax.parallel import Layout
+from qlora_jax.plan import abstract
+from qlora_jax.plan.compiling import Compiled, Compiler
+from qlora_jax.plan.devices import GPUS, Device
+from qlora_jax.plan.search import Largest, largest
+from qlora_jax.plan.worker import decoded
+from qlora_jax.plan.workload import Workload, context
+from qlora_jax.training.footprint import Footprint
+
+MOST_BATCH = 4096
+MOST_TOKENS = 2**20
+"""Where a search ends if the model has no limit of its own."""
+
+SEQUENCE_STEP = 128
+"""Sequences are searched in steps of a block of attention."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Suggestion:
+    """A change that was seen to fit. what: in words; options: as one would give it to `train`;
+    total: bytes of each device, room: of what there is."""
+
+    what: str
+    options: str
+    total: int
+    room: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """What a step takes, and what else would fit.
+
+    footprint    of the step; where the compiler refused it, by formula
+    compiled     the compiler's answer; None: all is by formula
+    batch        the largest batch at this sequence length, None if it was not searched for
+    sequence     the largest sequence at this batch
+    suggestions  if the step does not fit
+    compiles     how many there were, seconds that they took together
+    """
+
+    workload: Workload
+    device: Device
+    footprint: Footprint
+    compiled: Compiled | None
+    batch: Largest | None
+    sequence: Largest | None
+    suggestions: tuple[Suggestion, ...]
+    trained: int
+    compiles: int
+    seconds: float
+
+    @property
+    def fits(self) -> bool:
+        refused = self.compiled is not None and self.compiled.refusal is not None
+        return not refused and self.footprint.total <= self.device.room
+
+
+def by_formula(workload: Workload, device: Device, implementation: str | None = None) -> Footprint:
+    """The footprint by formula; nothing is compiled. implementation: of 4-bit products, by default
+    the device's own."""
+    implementation = implementation or ("pallas_tpu" if device.compiler == "tpu" else "xla")
+    where = SingleDeviceSharding(jax.local_devices(backend="cpu")[0])
+    if device.count > 1:
+        # Shapes alone are asked for: no device needs to be there.
+        axes = workload.axes(device.count)
+        mesh = AbstractMesh(tuple(axes.values()), tuple(axes))
+        where = Layout.of(mesh, workload.config())
+    return abstract.of_workload(workload).estimate(where, decoded=decoded(implementation))
+
+
+class Planner:
+    """Answers about one workload on one device. compiler: None: by formula only."""
+
+    def __init__(self, workload: Workload, device: Device, compiler: Compiler | None) -> None:
+        self._workload, self._device, self._compiler = workload, device, compiler
+        self._implementation: str | None = None
+        self._estimates: dict[str, Footprint] = {}
+        self._offset = 0
+        self._compiled: list[Compiled] = []
+
+    def plan(self, *, trials: int = 2) -> Plan:
+        """The whole plan. trials: compiles for each of the largest batch and sequence; 0: none is
+        searched for. Raises QloraError for what cannot be a step of that model."""
+        workload, device = self._workload, self._device
+        estimated = self._estimate(workload)
+        compiled = None
+        footprint = estimated
+        if self._compiler is not None:
+            compiled = self._compile(workload)
+            self._implementation = compiled.implementation
+            self._estimates.clear()
+            estimated = self._estimate(workload)
+            footprint = compiled.footprint or estimated
+            self._offset = footprint.total - estimated.total
+        fits = (compiled is None or compiled.refusal is None) and footprint.total <= device.room
+        total = None if compiled is not None and compiled.footprint is None else footprint.total
+        batch = sequence = None
+        if trials:
+            batch = self._largest(
+                lambda n: workload.with_training(batch_size=n),
+                workload.batch,
+                total,
+                MOST_BATCH,
+                workload.rows(device.count),
+                trials,
+            )
+            most = context(workload.config()) or MOST_TOKENS
+            sequence = self._largest(
+                workload.with_time, workload.time, total, most, SEQUENCE_STEP, trials
+            )
+        suggestions = () if fits else tuple(self._suggest(batch, sequence))
+        state = abstract.of_workload(workload).state
+        return Plan(
+            workload=workload,
+            device=device,
+            footprint=footprint,
+            compiled=compiled,
+            batch=batch,
+            sequence=sequence,
+            suggestions=suggestions,
+            trained=count(state.adapters),
+            compiles=len(self._compiled),
+            seconds=sum(c.seconds for c in self._compiled),
+        )
+
+    def _estimate(self, workload: Workload) -> Footprint:
+        key = workload.to_json()
+        if key not in self._estimates:
+            self._estimates[key] = by_formula(workload, self._device, self._implementation)
+        return self._estimates[key]
+
+    def _compile(self, workload: Workload, device: Device | None = None) -> Compiled:
+        assert self._compiler is not None
+        compiled = self._compiler(workload, device)
+        self._compiled.append(compiled)
+        return compiled
+
+    def _corrected(self, workload: Workload) -> int:
+        """Bytes by formula, off by what it was off where the compiler was asked."""
+        return self._estimate(workload).total + self._offset
+
+    def _measured(self, workload: Workload, device: Device | None = None) -> int | None:
+        """Bytes by the compiler, None where it refuses; by formula if there is none."""
+        if self._compiler is None:
+            return self._estimate(workload).total
+        compiled = self._compile(workload, device)
+        return compiled.footprint and compiled.footprint.total
+
+    def _largest(
+        self,
+        changed: Callable[[int], Workload],
+        now: int,
+        total: int | None,
+        most: int,
+        step: int,
+        trials: int,
+    ) -> Largest:
+        room = self._device.room
+        at_now = self._corrected(changed(now))
+        found = largest(
+            lambda n: self._corrected(changed(n)), room, {now: at_now}, most, step=step, trials=5,
+            guess=2 * now if at_now <= room else now // 2,
+        )  # fmt: skip
+        if self._compiler is None:
+            return found
+        return largest(
+            lambda n: self._measured(changed(n)), room, {now: total}, most, step=step,
+            trials=trials, guess=found.fits,
+        )  # fmt: skip
+
+    def _suggest(self, batch: Largest | None, sequence: Largest | None) -> list[Suggestion]:
+        """What fits: first what leaves the step as it is, then smaller steps, then a larger device.
+        Each was compiled, where there is a compiler."""
+        workload, room = self._workload, self._device.room
+        found = []
+        for what, options, changes in _cheaper(workload):
+            changed = workload.with_training(**changes)
+            if self._corrected(changed) > room:
+                continue
+            total = self._measured(changed)
+            if total is not None and total <= room:
+                found.append(Suggestion(what, options, total, room))
+                break
+        if batch is not None and 0 < batch.fits < workload.batch:
+            parts = math.ceil(workload.batch / batch.fits)
+            size = math.ceil(workload.batch / parts)
+            changed = workload.with_training(
+                batch_size=size, accumulate=parts * workload.training.accumulate
+            )
+            total = self._measured(changed)
+            if total is not None and total <= room:
+                options = f"--training.batch-size {size} --training.accumulate {parts}"
+                found.append(Suggestion("smaller micro-batches, accumulated", options, total, room))
+        if sequence is not None and 0 < sequence.fits < workload.time:
+            total = self._corrected(workload.with_time(sequence.fits))
+            options = f"--max-length {sequence.fits}"
+            found.append(Suggestion("shorter sequences", options, total, room))
+        return found + self._larger_device()
+
+    def _larger_device(self) -> list[Suggestion]:
+        if self._device.compiler != "gpu":
+            return []
+        larger = [gpu for gpu in GPUS.values() if gpu.room > self._device.room]
+        needed = self._corrected(self._workload)
+        for device in (gpu for gpu in larger if gpu.room >= needed):
+            total = self._measured(self._workload, device)
+            if total is not None and total <= device.room:
+                return [Suggestion("a larger device", f"{device.title}", total, device.room)]
+        return []
+
+
+def _cheaper(workload: Workload) -> list[tuple[str, str, dict[str, Any]]]:
+    """Changes of the settings that take less memory for more time: (words, options, fields), least
+    time first."""
+    training = workload.training
+    policies = list(_REMAT)
+    later = policies[policies.index(training.remat) + 1 :]
+    page = ("optimizer state paged to the host", "--training.paged", {"paged": True})
+    alone = [(_REMAT[policy], f"--training.remat {policy}", {"remat": policy}) for policy in later]
+    if training.paged:
+        return alone
+    both = [
+        (f"{words}, and {page[0]}", f"{options} {page[1]}", fields | page[2])
+        for words, options, fields in alone
+    ]
+    return [page, *alone, *both]
+
+
+_REMAT = {
+    "none": "activations as they are",
+    "dots": "compute norms, gates and attention again in the backward pass",
+    "names": "compute the MLP's wide arrays again in the backward pass",
+    "full": "compute whole layers again in the backward pass",
+    "offload": "activations in the host's memory",
+}

@@ -1,0 +1,121 @@
+"""The process that compiles: a question in JSON on every line of stdin, its answer on stdout.
+
+    python -m qlora_jax.plan.worker
+
+`compilers.environment` is the environment that it needs, `compiling.Compiler` its other end.
+"""
+
+import dataclasses
+import json
+import os
+import sys
+import time
+from typing import Any
+
+import jax
+from jax.sharding import Sharding, SingleDeviceSharding
+
+from qlora_jax.errors import QloraError, reason
+from qlora_jax.parallel import Layout, make_mesh
+from qlora_jax.plan import abstract
+from qlora_jax.plan.devices import Device, find
+from qlora_jax.plan.workload import Workload
+from qlora_jax.quant.implementations import use_implementation
+
+EXHAUSTED = "RESOURCE_EXHAUSTED"
+"""How XLA begins to say that a program does not fit; the TPU compiler says it of itself."""
+
+# Memory is laid out before machine code is made, which then need not be good.
+_FAST = {"gpu": {"xla_backend_optimization_level": 0}, "tpu": None}
+
+
+def compile_step(workload: Workload, device: Device) -> dict[str, Any]:
+    """Compiles the workload's step for a device and says what it takes of each.
+
+    Bytes of temporaries, of arguments that are on the device, of what is not reused of the outputs;
+    the footprint by formula; seconds; which code the 4-bit products are. exhausted: the compiler's
+    words, instead of bytes, where it found no room.
+    """
+    began = time.perf_counter()
+    where = placement(workload, device)
+    shapes = abstract.of_workload(workload)
+    step = shapes.placed(where)
+    lowered, chosen = None, "xla"
+    for implementation in implementations(device):
+        try:
+            with use_implementation(implementation):
+                lowered = step.step.lower(*step.arguments)
+        except QloraError as error:
+            if "cannot be used" not in str(error):
+                raise
+            continue  # these weights are not for these kernels, as `product` finds out on a device
+        chosen = implementation
+        break
+    assert lowered is not None  # xla takes everything
+    estimated = shapes.estimate(where, decoded=decoded(chosen))
+    answer: dict[str, Any] = {
+        "implementation": chosen,
+        "estimate": dataclasses.asdict(estimated),
+    }
+    try:
+        memory = lowered.compile(_FAST[device.compiler]).memory_analysis()
+    except jax.errors.JaxRuntimeError as error:
+        if not str(error).startswith(EXHAUSTED):
+            raise
+        return answer | {"exhausted": reason(error), "seconds": time.perf_counter() - began}
+    # The GPU's compiler counts what lies in the host's memory among the arguments.
+    host = estimated.optimizer_host if device.compiler == "gpu" else 0
+    return answer | {
+        "arguments": memory.argument_size_in_bytes - host,
+        "outputs": memory.output_size_in_bytes - memory.alias_size_in_bytes,
+        "temporaries": memory.temp_size_in_bytes,
+        "temporaries_host": memory.host_temp_size_in_bytes,
+        "seconds": time.perf_counter() - began,
+    }
+
+
+def placement(workload: Workload, device: Device) -> Sharding | Layout:
+    """Where the step lies on the device, or on a mesh over its chips."""
+    devices = device.devices()
+    if len(devices) == 1:
+        return SingleDeviceSharding(devices[0])
+    return Layout.of(make_mesh(workload.mesh, devices), workload.config())
+
+
+def decoded(implementation: str) -> int:
+    """How many dense weights there are at a time: XLA decodes them ahead of their products, kernels
+    on the way."""
+    return 3 if implementation == "xla" else 0
+
+
+def implementations(device: Device) -> tuple[Any, ...]:
+    """Which code of 4-bit products to try, the one that the device would choose first."""
+    if device.compiler == "tpu":
+        return ("pallas_tpu", "xla")
+    try:
+        from qlora_cuda import library
+    except ModuleNotFoundError:
+        return ("xla",)
+    if not library.PATH.exists():
+        return ("xla",)
+    library.register(library.PATH)  # XLA asks for the handlers when it compiles
+    return ("cuda", "xla")
+
+
+def main() -> None:
+    # Compilers print what they like; the answers get a stream of their own.
+    answers = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)
+    for line in sys.stdin:
+        question = json.loads(line)
+        try:
+            answer = compile_step(
+                Workload.from_json(question["workload"]), find(question["device"])
+            )
+        except QloraError as error:
+            answer = {"error": str(error)}
+        print(json.dumps(answer), file=answers, flush=True)
+
+
+if __name__ == "__main__":
+    main()

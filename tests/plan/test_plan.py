@@ -1,0 +1,185 @@
+"""Plans with a compiler that is not there: what is asked of it, and what comes of its answers."""
+
+import json
+
+import pytest
+
+from qlora_jax.cli import main
+from qlora_jax.commands.plan import read_about
+from qlora_jax.errors import QloraError
+from qlora_jax.lora import LoraConfig
+from qlora_jax.plan import chart, report
+from qlora_jax.plan.compiling import Compiled
+from qlora_jax.plan.devices import find
+from qlora_jax.plan.planner import Planner, by_formula
+from qlora_jax.plan.workload import Workload
+from qlora_jax.training.settings import TrainSettings
+
+pytestmark = pytest.mark.standard_promotion  # JAX's own attention in bfloat16
+
+ABOUT = {
+    "model_type": "llama",
+    "vocab_size": 64,
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "max_position_embeddings": 256,
+}
+WORKLOAD = Workload(ABOUT, 32, LoraConfig(rank=4), TrainSettings(batch_size=2, remat="none"))
+
+
+@pytest.fixture
+def folder(tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps(ABOUT))
+    return tmp_path
+
+
+class Compiler:
+    """Answers with the formula's bytes, a tenth of the temporaries on top. refuses: batches that it
+    says there is no room for, without a number."""
+
+    def __init__(self, device, refuses=10**9):
+        self.device, self.refuses, self.asked = device, refuses, []
+
+    def __call__(self, workload, device=None):
+        self.asked.append((workload, device))
+        found = by_formula(workload, device or self.device)
+        if workload.batch >= self.refuses:
+            return Compiled(None, 1.0, "xla", "RESOURCE_EXHAUSTED: no room")
+        return Compiled(found.measured(found.temporaries * 11 // 10), 1.0, "xla")
+
+
+def shrunk(device, room):
+    """The device with so little room."""
+    import dataclasses
+
+    return dataclasses.replace(device, memory=room + device.keeps)
+
+
+def total(**changes):
+    return by_formula(WORKLOAD.with_training(**changes), find("a6000")).total
+
+
+def test_workloads_go_through_json():
+    import dataclasses
+
+    full = dataclasses.replace(
+        WORKLOAD,
+        lora=LoraConfig(rank=8, targets=("q_proj",), rank_pattern={"q_proj": 2}),
+        quantization=None,
+    )
+    for workload in (WORKLOAD, full):
+        assert Workload.from_json(workload.to_json()) == workload
+
+
+def test_what_fits_is_said_with_the_largest(capsys):
+    device = find("a6000")
+    compiler = Compiler(device)
+    plan = Planner(WORKLOAD, device, compiler).plan(trials=1)
+    assert plan.fits and not plan.suggestions
+    assert plan.sequence.fits == 256 and plan.sequence.exact  # the model's context
+    assert plan.batch.fits == 4096
+    assert plan.compiles == len(compiler.asked) == 3
+    chart.show(plan)
+    text = capsys.readouterr().out
+    assert "fits:" in text and "256 tokens (more there cannot be)" in text
+    for part in ("4-bit codes", "gradients", "optimizer state", "activations"):
+        assert part in text
+    numbers = report.to_json(plan)
+    assert numbers["total"] == sum(
+        size for name, size in numbers["footprint"].items() if not name.endswith("_host")
+    )
+    assert json.loads(json.dumps(numbers))["method"] == "compiled"
+
+
+def test_what_does_not_fit_gets_what_does(capsys):
+    """Room for remat but not without; every suggestion is one that was compiled."""
+    room = (total() + total(remat="full")) // 2
+    device = shrunk(find("a6000"), room)
+    compiler = Compiler(device)
+    plan = Planner(WORKLOAD, device, compiler).plan(trials=4)
+    assert not plan.fits
+    remat, *rest = plan.suggestions
+    assert remat.options.startswith("--training.remat") and remat.total <= room
+    assert plan.batch.fits == 1 and plan.batch.exact
+    assert [s.options for s in rest if "accumulate" in s.options] == [
+        "--training.batch-size 1 --training.accumulate 2"
+    ]
+    assert rest[-1].options == "NVIDIA T4"  # the smallest that has room
+    compiled = [(w.training.remat, w.batch, d and d.name) for w, d in compiler.asked]
+    assert ("none", 2, "t4") in compiled
+    chart.show(plan)
+    assert "does not fit" in capsys.readouterr().out
+
+
+def test_a_compiler_that_refuses(capsys):
+    device = find("a6000")
+    plan = Planner(WORKLOAD, device, Compiler(device, refuses=2)).plan(trials=4)
+    assert not plan.fits
+    assert (plan.batch.fits, plan.batch.fails) == (1, 2)
+    chart.show(plan)
+    assert "does not fit: RESOURCE_EXHAUSTED: no room" in capsys.readouterr().out
+
+
+def test_the_command_estimates(folder, capsys, tmp_path):
+    image = tmp_path / "plan.png"
+    main(
+        ["plan", str(folder), "--device", "a6000", "--estimate", "--sequence", "64"]
+        + ["--rank", "4", "--plot", str(image)]
+    )
+    text = capsys.readouterr().out
+    assert "ESTIMATE by formula" in text and "batch 1 x 64 tokens" in text
+    assert image.read_bytes().startswith(b"\x89PNG")
+    main(["plan", str(folder / "config.json"), "--device", "4090", "--estimate", "--json"])
+    numbers = json.loads(capsys.readouterr().out)
+    assert numbers["fits"] and numbers["method"] == "formula" and numbers["rank"] == 64
+
+
+def test_a_recipe(folder, capsys, tmp_path):
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(
+        f"model: {folder}\ndata: rows.jsonl\noutput: out\nmax_length: 128\n"
+        "lora: {rank: 8, targets: [q_proj, v_proj]}\n"
+        "training: {batch_size: 3, accumulate: 2, remat: full}\n"
+    )
+    command = ["plan", "--recipe", str(recipe), "--device", "a6000", "--estimate", "--json"]
+    main([*command, "--trials", "0"])
+    numbers = json.loads(capsys.readouterr().out)
+    wanted = {"batch": 3, "accumulate": 2, "sequence": 128, "rank": 8, "remat": "full"}
+    assert {name: numbers[name] for name in wanted} == wanted
+    main([*command, "--trials", "0", "--batch", "1", "--sequence", "32"])
+    numbers = json.loads(capsys.readouterr().out)
+    assert (numbers["batch"], numbers["sequence"]) == (1, 32)
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        (["--device", "abacus"], "no device 'abacus' is known.*a6000.*v5e"),
+        (["--device", "a6000", "--sequence", "512"], "longer than the model's context of 256"),
+        (["--device", "a6000", "--batch", "0"], "batch_size must be at least 1"),
+        (["--device", "a6000", "--trials", "-1"], "must not be negative"),
+        (["--device", "v5e", "--compilers", "nowhere"], "TPU compiler is not installed in nowhere"),
+        (["--device", "h100", "--compilers", "nowhere"], r"pip install .*jax-cuda13-plugin=="),
+    ],
+)
+def test_mistakes(folder, options, says, capsys):
+    import re
+
+    with pytest.raises(SystemExit) as stopped:
+        main(["plan", str(folder), *options])
+    assert stopped.value.code == 2
+    assert re.search(says, capsys.readouterr().err, re.DOTALL)
+
+
+def test_unknown_models(tmp_path, capsys):
+    (tmp_path / "config.json").write_text('{"model_type": "mamba"}')
+    with pytest.raises(SystemExit):
+        main(["plan", str(tmp_path), "--device", "a6000"])
+    assert "mamba" in capsys.readouterr().err
+    with pytest.raises(QloraError, match="no such file or folder"):
+        read_about("nobody-s-folder")
+    with pytest.raises(SystemExit):
+        main(["plan", "--device", "a6000"])
+    assert "which MODEL" in capsys.readouterr().err

@@ -1,0 +1,115 @@
+"""The formula's parts against counts by hand; its whole against a compiler in tests/compile."""
+
+import jax
+import jax.numpy as jnp
+import pytest
+from jax.sharding import AbstractMesh, SingleDeviceSharding
+
+from qlora_jax.lora import LoraConfig
+from qlora_jax.models import read_config
+from qlora_jax.models.loss import CHUNK
+from qlora_jax.parallel import Layout
+from qlora_jax.plan import abstract
+from qlora_jax.quant import NF4
+from qlora_jax.training.settings import TrainSettings
+
+pytestmark = pytest.mark.standard_promotion  # JAX's own attention in bfloat16
+
+L, D, F, V, H, R, B, T = 3, 64, 128, 32, 4, 4, 2, 32
+ABOUT = {
+    "model_type": "llama",
+    "vocab_size": V,
+    "hidden_size": D,
+    "intermediate_size": F,
+    "num_hidden_layers": L,
+    "num_attention_heads": H,
+    "max_position_embeddings": 64,
+}
+LINEAR = 4 * D * D + 3 * D * F
+TRAINED = R * L * (4 * 2 * D + 3 * (D + F))
+
+
+FORMAT = NF4()
+
+
+def footprint(quantization=FORMAT, decoded=3, fsdp=1, **training):
+    config = read_config(ABOUT)
+    step = abstract.train_step(
+        config,
+        T,
+        LoraConfig(rank=R),
+        TrainSettings(batch_size=B, **training),
+        quantization,
+        jnp.bfloat16,
+    )
+    where = SingleDeviceSharding(jax.devices()[0])
+    if fsdp > 1:
+        where = Layout.of(AbstractMesh((1, fsdp, 1), ("data", "fsdp", "tensor")), config)
+    return step.estimate(where, decoded=decoded)
+
+
+def test_arguments_are_counted():
+    found = footprint(remat="full")
+    assert found.codes == L * LINEAR // 2
+    blocks = L * LINEAR // 64
+    nested = L * (4 * -(-D * D // 64 // 256) + 3 * -(-D * F // 64 // 256))
+    assert found.scales == blocks + 4 * nested + 4 * 7 * L  # and an offset for each weight
+    assert found.embeddings == 2 * 2 * V * D
+    assert found.dense == 4 * (2 * L * D + D)
+    assert found.adapters == found.gradients == 4 * TRAINED
+    assert found.optimizer == 2 * 4 * TRAINED + 2 * 4  # two moments, and two counts of steps
+    assert footprint(quantization=None, remat="full").dense - found.dense == 2 * L * LINEAR
+
+
+def test_activations_are_what_the_policies_keep():
+    """Beside each layer's: the last output, a chunk of rows for the loss, and masks."""
+    token, few = 2 * B * T, 2 * D * (4 * B * T + CHUNK)
+    full = footprint(remat="full").activations
+    assert L * token * D <= full <= L * token * D + few
+    names = footprint(remat="names").activations
+    assert L * token * 5 * D <= names <= L * token * 5 * D + few
+    dots = footprint(remat="dots").activations
+    assert dots - names == L * token * 2 * F
+    none = footprint(remat="none").activations
+    assert none > dots
+    offload = footprint(remat="offload")
+    assert offload.activations_host == L * token * 5 * D
+    assert offload.activations <= few
+
+
+def test_accumulating_takes_a_second_gradient():
+    once, often = footprint(remat="full"), footprint(remat="full", accumulate=4)
+    assert often.gradients == 2 * once.gradients
+    assert often.activations == once.activations
+
+
+def test_kernels_decode_on_the_way():
+    assert footprint(decoded=3).working - footprint(decoded=0).working == 3 * 2 * D * F
+
+
+def test_fsdp_shares_rows_and_weights():
+    whole, half = footprint(remat="none"), footprint(remat="none", fsdp=2)
+    assert half.activations * 2 == pytest.approx(whole.activations, abs=2)
+    assert half.codes * 2 == whole.codes
+    assert half.optimizer < 0.51 * whole.optimizer
+
+
+def test_a_paged_optimizer_is_in_the_hosts_memory():
+    plain, paged = footprint(remat="full"), footprint(remat="full", paged=True)
+    assert (paged.optimizer, paged.optimizer_host) == (0, plain.optimizer)
+    assert paged.total == plain.total - plain.optimizer
+
+
+def test_a_compilers_temporaries_are_told_apart():
+    found = footprint(remat="full")
+    measured = found.measured(found.gradients + found.activations + 10)
+    assert (measured.working, measured.activations) == (10, found.activations)
+    less = found.measured(found.gradients + 5)
+    assert (less.working, less.activations, less.gradients) == (0, 5, found.gradients)
+    assert less.total == found.arguments + found.gradients + 5
+
+
+def test_nothing_is_allocated():
+    before = len(jax.live_arrays())
+    footprint(remat="names")
+    assert len(jax.live_arrays()) <= before + 8  # constants that tracing caches
