@@ -5,6 +5,7 @@ import importlib
 import inspect
 import json
 import shutil
+import signal
 import sys
 import textwrap
 from collections.abc import Iterator
@@ -114,6 +115,35 @@ def test_initial_values_taken_out_of_the_base(folder, rows, tmp_path, capsys):
         bits = "auto" if bits == "nf4" else bits
         run("generate", *on, "--quantization", bits, "--sampling.max-new-tokens", 2)
         capsys.readouterr()
+
+
+def test_a_run_that_a_scheduler_stops_is_resumed(folder, rows, tmp_path, capsys, monkeypatch):
+    """SIGTERM ends it as if it were done: exit 0. What is left is done later, and then no more."""
+    from qlora_jax.training.stream import StepBatches
+
+    output, real = tmp_path / "out", StepBatches.start
+    words = ("train", "--model", folder, "--data", rows, "--output", output, "--resume")
+    words = (*words, "--lora.targets", "q_proj", "--training.steps", 3)
+
+    def stopped(self: StepBatches, step: int = 0) -> Iterator[Any]:
+        signal.raise_signal(signal.SIGTERM)
+        return real(self, step)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(StepBatches, "start", stopped)
+        run(*words)
+    shown = capsys.readouterr().out
+    assert "no checkpoint to go on from" in shown
+    assert "interrupted after step 1 (SIGTERM)" in shown and "try it" not in shown
+    text = refused(capsys, *words, "--training.seed", 1)
+    assert "training.seed: 0 -> 1" in text
+    text = refused(capsys, *[word for word in words if word != "--resume"])
+    assert "go on with its run" in text
+    run(*words)
+    shown = capsys.readouterr().out
+    assert "going on after step 1 of 3" in shown and "try it" in shown
+    run(*words)
+    assert "the run is finished" in capsys.readouterr().out
 
 
 def test_merging_into_the_original_weights(folder, rows, tmp_path, capsys):

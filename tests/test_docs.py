@@ -59,3 +59,15 @@ def test_the_formats_are_all_described():
         name for row in re.findall(r"^\| ([a-z0-9, -]+) \|", text, re.M) for name in row.split(", ")
     }
     assert named - {"format"} == {"auto", *get_args(PairFormat)}
+
+
+@pytest.mark.standard_promotion
+def test_interruptions(tmp_path, monkeypatch, capsys):
+    (example,) = blocks("python", DOCS / "interruptions.md")
+    assert MODEL in example
+    folder = tiny.write_checkpoint(tmp_path / "model", layers=1)
+    monkeypatch.chdir(tmp_path)
+    exec(compile(example.replace(MODEL, repr(str(folder))), "interruptions.md", "exec"), {})
+    shown = capsys.readouterr().out
+    assert "no checkpoint to go on from" in shown and "the run is finished" in shown
+    assert {p.name for p in (tmp_path / "out").iterdir()} >= {"step-2", "step-4", "metrics.jsonl"}

@@ -22,6 +22,7 @@ from qlora_jax.errors import QloraError
 from qlora_jax.lora import Adapters, LoraConfig, count, init_quantized
 from qlora_jax.models.encoder_config import CLASSIFICATION
 from qlora_jax.parallel import put_parameter
+from qlora_jax.training.checkpoints import check_unused, is_finished
 from qlora_jax.training.settings import TrainSettings
 from qlora_jax.training.trainer import fit
 
@@ -31,7 +32,10 @@ class Train(DataOptions, DeviceOptions, ModelOptions):
     """Fine-tune a model on a data set: QLoRA, or LoRA with --quantization none."""
 
     output: Path
-    """Folder for the adapter (PEFT's format), metrics.jsonl and loss.png."""
+    """Folder for the adapter (PEFT's format), checkpoints, metrics.jsonl and loss.png."""
+    resume: bool = False
+    """Go on with the run in --output from its newest checkpoint, with the same settings; begin it
+    if there is none."""
     adapter: Path | None = None
     """Go on from this PEFT adapter instead of a new one (its settings replace --lora)."""
     lora: LoraConfig = LoraConfig()
@@ -42,8 +46,15 @@ class Train(DataOptions, DeviceOptions, ModelOptions):
     def run(self) -> None:
         """Trains and writes the output folder. Raises QloraError for bad input, most of it before
         the model is loaded."""
-        if (self.output / peft.WEIGHTS).exists():  # said before the model is loaded, not after
-            raise QloraError(f"{self.output}: has an adapter already; choose another --output")
+        # Said before the model is loaded, not after.
+        if not self.resume:
+            check_unused(self.output)
+        elif is_finished(self.output):
+            print(
+                f"{self.output}: the run is finished; to train its adapter further, begin another: "
+                f"--adapter {self.output} --output FOLDER"
+            )
+            return
         mesh = self.open_mesh()
         train_rows, held_out, weights = self.read(self.training.seed)
         labels = self.labels(train_rows, held_out)
@@ -77,7 +88,10 @@ class Train(DataOptions, DeviceOptions, ModelOptions):
             evaluation=evaluation,
             adapters=adapters,
             mesh=mesh,
+            resume=self.resume,
         )
+        if result.interrupted:
+            return
         print(f"{count(result.adapters):,} parameters trained; adapter in {self.output}")
         base = model.source if taken_out else self.model
         if isinstance(model, Model):
@@ -89,7 +103,9 @@ class Train(DataOptions, DeviceOptions, ModelOptions):
         key = jax.random.key(self.training.seed)
         params, adapters = init_quantized(key, model.params, self.lora, format)
         model = dataclasses.replace(model, params=params, source=str(base))
-        if format is None:
+        if self.resume and base.exists():
+            pass  # made of the same weights by the same seed, which `fit` makes sure of
+        elif format is None:
             save_pretrained(base, model, dtype=model.dtype)
         else:
             save_quantized(base, model)

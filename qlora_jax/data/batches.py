@@ -57,18 +57,19 @@ class BatchSource:
         self.buckets: tuple[int, ...] = (longest,)
         if buckets > 1:
             first_epoch = range(-(-len(dataset) // batch_size))
-            needs = [self._longest(self._rows(step)) for step in first_epoch]
+            needs = [self._longest(self.rows_of(step)) for step in first_epoch]
             self.buckets = choose_buckets(needs, longest, buckets)
 
     def __getitem__(self, step: int) -> Batch:
         """The batch of `step`, counted from 0."""
-        rows = self._rows(step)
+        rows = self.rows_of(step)
         examples = [[self._dataset[index] for index in row] for row in rows]
         longest = self._longest(rows)
         length = next(bucket for bucket in self.buckets if longest <= bucket)
         return self._dataset.collate(examples, length, packed=self._packing)
 
-    def _rows(self, step: int) -> list[list[int]]:
+    def rows_of(self, step: int) -> list[list[int]]:
+        """The examples in each row of the batch of `step`, by their numbers in the dataset."""
         return [self.rows[place] for place in range(step * self._size, (step + 1) * self._size)]
 
     def _longest(self, rows: list[list[int]]) -> int:

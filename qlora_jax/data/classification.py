@@ -150,6 +150,6 @@ def tokenize_labelled(
         types = encoded.get("token_type_ids")
         types = None if types is None else np.asarray(types, np.int32)
         ids = np.asarray(encoded["input_ids"], np.int32)
-        kept.append(LabelledExample(ids, labels.array(example), types))
+        kept.append(LabelledExample(ids, labels.array(example), example.where, types))
         cut += was_cut
     return LabelledDataset(tuple(kept), padding_id(tokenizer), cut, 0, max_length)

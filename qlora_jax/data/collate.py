@@ -15,10 +15,12 @@ class TokenizedExample:
     """input_ids [T] and labels [T], int32. labels[t] is input_ids[t] or IGNORE: not shifted.
 
     Of pairs labels are [T] of the decoder, of texts to be classified [] or [C]: see the datasets.
+    where: names its origin in messages.
     """
 
     input_ids: np.ndarray
     labels: np.ndarray
+    where: str = ""
 
     def __len__(self) -> int:
         return len(self.input_ids)

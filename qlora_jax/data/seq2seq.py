@@ -67,7 +67,7 @@ def tokenize_seq2seq(
         read, cut_source = encode_whole(tokenizer, (source,), source_max_length)
         said, cut_target = encode_whole(tokenizer, (target,), target_max_length)
         ids, labels = (np.asarray(x["input_ids"], np.int32) for x in (read, said))
-        kept.append(TokenizedExample(ids, labels))
+        kept.append(TokenizedExample(ids, labels, row.where))
         cut += cut_source or cut_target
     if not kept:
         raise QloraError(f"none of {len(rows)} examples has a target")

@@ -192,7 +192,8 @@ def tokenize(
             dropped += 1
             continue
         cut += too_long
-        kept.append(TokenizedExample(np.asarray(ids, np.int32), np.asarray(labels, np.int32)))
+        arrays = np.asarray(ids, np.int32), np.asarray(labels, np.int32)
+        kept.append(TokenizedExample(*arrays, example.where))
     if not kept:
         raise QloraError(
             f"none of {len(examples)} examples has a part of its answer within "

@@ -46,7 +46,7 @@ def tokenize_pairs(
         cut += too_long
         labels = (source if train_on_source else [IGNORE] * len(source)) + target
         ids = np.asarray(source + target, np.int32)
-        kept.append(TokenizedExample(ids, np.asarray(labels, np.int32)))
+        kept.append(TokenizedExample(ids, np.asarray(labels, np.int32), pair.where))
     if not kept:
         raise QloraError(f"none of {len(pairs)} examples has a target")
     return TokenizedDataset(

@@ -27,6 +27,8 @@ class HeldOut:
 
     def evaluate(self, adapters: lora.Adapters, interrupts: Interrupts) -> tuple[float, int] | None:
         """(mean loss over all labelled tokens, their number); None if interrupted."""
+        if interrupts.caught:
+            return None
         total, tokens = 0.0, 0.0
         for batch in evaluation_batches(
             self._dataset, self._batch_size, sequence_length=self._length

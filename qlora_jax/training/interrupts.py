@@ -4,29 +4,40 @@ import signal
 import threading
 from typing import Any
 
+import jax
+
+NAMES = {signal.SIGINT: "Ctrl-C", signal.SIGTERM: "SIGTERM"}
+
 
 class Interrupts:
-    """Within the block a first Ctrl-C is only noted; a second one raises KeyboardInterrupt.
+    """Within the block Ctrl-C and SIGTERM are only noted; a second Ctrl-C raises KeyboardInterrupt.
 
     An exception in the middle of a step would lose the run: the old state is donated, and the new
-    one not yet ours. Python takes signals in its main thread, so elsewhere this does nothing.
+    one not yet ours. Python takes signals in its main thread, so elsewhere this does nothing; nor
+    where a run has several processes, as each would stop after a step of its own, and wait for the
+    others.
+
+    caught: the name of the first signal, "" before it.
     """
 
     def __init__(self) -> None:
-        self.caught = False
-        self._ours = threading.current_thread() is threading.main_thread()
+        self.caught = ""
+        in_main = threading.current_thread() is threading.main_thread()
+        self._ours = in_main and jax.process_count() == 1
 
     def __enter__(self) -> "Interrupts":
         if self._ours:
-            self._before = signal.signal(signal.SIGINT, self._note)
+            self._before = {number: signal.signal(number, self._note) for number in NAMES}
         return self
 
     def __exit__(self, *_: Any) -> None:
         if self._ours:
-            # None: a handler that was not installed from Python, and cannot be from here.
-            signal.signal(signal.SIGINT, self._before or signal.SIG_DFL)
+            for number, handler in self._before.items():
+                # None: a handler that was not installed from Python, and cannot be from here.
+                signal.signal(number, handler or signal.SIG_DFL)
 
-    def _note(self, *_: Any) -> None:
-        if self.caught:
+    def _note(self, number: int, _: Any) -> None:
+        # Schedulers send SIGTERM more than once; what ends a run that does not stop is SIGKILL.
+        if self.caught and number == signal.SIGINT:
             raise KeyboardInterrupt
-        self.caught = True
+        self.caught = self.caught or NAMES[signal.Signals(number)]

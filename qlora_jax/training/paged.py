@@ -5,6 +5,7 @@ what moves and when. Here both are written into the compiled step.
 """
 
 import dataclasses
+import functools
 from typing import Any
 
 import jax
@@ -34,7 +35,7 @@ class PagedState:
 
 def paged(
     optimizer: optax.GradientTransformation, page_bytes: int = PAGE_BYTES
-) -> optax.GradientTransformation:
+) -> optax.GradientTransformationExtraArgs:
     """`optimizer` with its state in pinned host memory; the arithmetic is the same.
 
     During an update the state visits the device in pages, each of at most `page_bytes` together
@@ -46,6 +47,8 @@ def paged(
     For any optimizer that treats each parameter apart: AdamW, Lion, Adafactor, their schedules,
     masks, `lora_plus`. `init` raises QloraError for others, such as one that clips by the global
     norm; that goes outside, optax.chain(optax.clip_by_global_norm(1.0), paged(...)).
+
+    update takes `finite` too: where it is False, the state stays as it is.
     """
     if page_bytes < 1:
         raise QloraError(f"page_bytes must be at least 1, got {page_bytes}")
@@ -62,7 +65,14 @@ def paged(
         whole = jax.eval_shape(optimizer.init, params)
         return PagedState(_filled(whole, found), pages)
 
-    def update(updates: Any, state: PagedState, params: Any = None) -> tuple[Any, PagedState]:
+    def update(
+        updates: Any,
+        state: PagedState,
+        params: Any = None,
+        *,
+        finite: jax.Array | None = None,
+        **_: Any,
+    ) -> tuple[Any, PagedState]:
         grads, tree = jax.tree.flatten(updates)
         values = None if params is None else tree.flatten_up_to(params)
         old = by_path(state.inner)
@@ -76,9 +86,11 @@ def paged(
             held = None
             if values is not None:
                 held = some(tree, {number: rows(values[number]) for number in given})
-            new, inner = optimizer.update(tree_of, inner, held)
+            new, after = optimizer.update(tree_of, inner, held)
+            if finite is not None:
+                after = jax.tree.map(functools.partial(jnp.where, finite), after, inner)
             leaves = tree.flatten_up_to(new)
-            return {number: leaves[number] for number in given}, by_path(inner)
+            return {number: leaves[number] for number in given}, by_path(after)
 
         _, new_state = step({}, {})
         for page in state.layout:
@@ -97,7 +109,7 @@ def paged(
         new_state = {path: _to_host(x) for path, x in new_state.items()}
         return tree.unflatten(grads), PagedState(_filled(state.inner, new_state), state.layout)
 
-    return optax.GradientTransformation(init, update)
+    return optax.GradientTransformationExtraArgs(init, update)
 
 
 _State = dict[Any, jax.Array]

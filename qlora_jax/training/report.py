@@ -1,32 +1,40 @@
 """What a run tells while it goes: lines in a file, and a bar on the terminal."""
 
 import json
+import math
 import os
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import jax
 
+from qlora_jax.checkpoints.folder import new_file
 from qlora_jax.errors import missing
 
 
 class MetricsFile:
     """JSON lines, each written out at once, so that a killed run keeps what it had.
 
-    path None: `history` alone is kept, as in all processes of a run but the first.
+    until: the step that a run goes on from, after which lines that are there are dropped; 0: a new
+    run. write: False in all processes of a run but the first. history: all lines.
     """
 
-    def __init__(self, path: Path | None) -> None:
-        path = Path(os.devnull) if path is None else path
-        self._file = path.open("w", encoding="utf-8")
+    def __init__(self, path: Path, until: int = 0, *, write: bool = True) -> None:
         self.history: list[dict[str, float]] = []
+        if until:
+            self.history = [entry for entry in _read_lines(path) if entry["step"] <= until]
+        if write:
+            with new_file(path) as part:
+                part.write_text("".join(map(_line, self.history)), encoding="utf-8")
+        self._file = (path if write else Path(os.devnull)).open("a", encoding="utf-8")
 
     def add(self, **entry: float) -> None:
         """Appends one line."""
         self.history.append(entry)
-        self._file.write(json.dumps(entry) + "\n")
+        self._file.write(_line(entry))
         self._file.flush()
 
     def __enter__(self) -> "MetricsFile":
@@ -36,21 +44,36 @@ class MetricsFile:
         self._file.close()
 
 
+def _line(entry: dict[str, float]) -> str:
+    return json.dumps(entry) + "\n"
+
+
+def _read_lines(path: Path) -> Iterator[dict[str, float]]:
+    """The entries of a file that a run may have been killed while writing to."""
+    if not path.exists():
+        return
+    with path.open(encoding="utf-8") as file:
+        for line in file:
+            if line.endswith("\n"):
+                yield json.loads(line)
+
+
 class Progress:
     """A bar with step, loss, tokens per second, memory, the share of time that input took, and the
     time left.
 
-    Where stdout is no terminal, a line at every tenth of the run instead.
+    Where stdout is no terminal, a line at every tenth of the run instead. taken: steps of it that
+    were taken before.
     """
 
-    def __init__(self, steps: int) -> None:
+    def __init__(self, steps: int, taken: int = 0) -> None:
         try:
             from rich.console import Console
             from rich.progress import BarColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
             from rich.progress import Progress as Bar
         except ModuleNotFoundError as error:
             raise missing("rich", "showing progress", "cli") from error
-        self._steps, self._loss = steps, float("nan")
+        self._steps, self._taken, self._loss = steps, taken, float("nan")
         self._waited = self._seconds = 0.0
         self._console = Console()
         self._bar = Bar(
@@ -63,7 +86,7 @@ class Progress:
             console=self._console,
             disable=not self._console.is_terminal,
         )
-        self._task = self._bar.add_task("compiling", total=steps)
+        self._task = self._bar.add_task("compiling", total=steps, completed=taken)
         self._began = time.perf_counter()
 
     def __enter__(self) -> "Progress":
@@ -76,8 +99,8 @@ class Progress:
     def step(self, number: int, entry: dict[str, float]) -> None:
         """After step `number`, counted from 1."""
         # Smoothed, since the loss of a single batch says little.
-        loss = entry["loss"]
-        self._loss = loss if number == 1 else 0.9 * self._loss + 0.1 * loss
+        loss = entry.get("loss", self._loss)  # a skipped step may have none
+        self._loss = loss if math.isnan(self._loss) else 0.9 * self._loss + 0.1 * loss
         self._waited += entry["input_seconds"]
         self._seconds += entry["seconds"]
         text = (
@@ -88,7 +111,7 @@ class Progress:
         tenth = max(self._steps // 10, 1)
         if not self._console.is_terminal and (number % tenth == 0 or number == self._steps):
             passed = time.perf_counter() - self._began
-            left = passed / number * (self._steps - number)
+            left = passed / (number - self._taken) * (self._steps - number)
             self.say(f"step {number}/{self._steps}  {text}  {passed:.0f} s, {left:.0f} s left")
 
     def say(self, text: str) -> None:

@@ -78,8 +78,14 @@ class TrainSettings:
     """Of the adapters' initial values, the order of examples, and dropout."""
     eval_every: int | None = None
     """Steps between evaluations; there is always one at the end."""
-    save_every: int | None = None
-    """Steps between adapters saved as output/step-N; there is always one at the end."""
+    save_every: int | None = 250
+    """Steps between checkpoints, output/step-N: the adapter, and all that resuming needs; there is
+    always one at the end."""
+    keep: int | None = 3
+    """How many checkpoints are kept, the newest; None: all."""
+    max_skipped: int = 5
+    """A step whose loss or gradient is not finite is skipped; after so many in a row the run stops.
+    """
     log_every: int = 1
     """Steps between lines of metrics.jsonl; there is always one of the last step."""
 
@@ -89,7 +95,7 @@ class TrainSettings:
                 f"give steps or epochs, not both (got {self.steps} steps, {self.epochs} epochs)"
             )
         counts = ("steps", "batch_size", "accumulate", "sequence_length")
-        for name in (*counts, "eval_every", "save_every", "log_every"):
+        for name in (*counts, "eval_every", "save_every", "keep", "max_skipped", "log_every"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise QloraError(f"{name} must be at least 1, got {value}")

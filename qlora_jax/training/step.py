@@ -70,7 +70,8 @@ def make_train_step(
     """step(state, params, batch) -> (state, metrics), jit-compiled; `state` is donated.
 
     loss           `model.loss`, or any function of a parameter tree made fit by `qlora_jax.lift`
-    optimizer      any optax transformation; it sees what is trained of the adapters only
+    optimizer      any optax transformation; it sees what is trained of the adapters only. One that
+                   keeps state in host memory takes `finite`, below, as an extra argument
     max_grad_norm  clip gradients to this global norm (None: do not)
     accumulate     batch leaves are [accumulate, B, ...]; gradients are summed over the first axis
     dropout        probability of dropping inputs of the adapters' A
@@ -79,7 +80,10 @@ def make_train_step(
 
     The objective is the mean over all labelled tokens of the step, whichever micro-batch they are
     in. Gradients exist for the adapters only: `params` is frozen. metrics, fp32 scalars: loss
-    (mean, before the update), grad_norm (global, before clipping), tokens (labelled).
+    (mean, before the update), grad_norm (global, before clipping), tokens (labelled), skipped.
+
+    Where the loss or the gradient is not finite (`finite` is False), skipped is 1 and nothing
+    changes but `step`: adapters, optimizer and its schedule are as if this batch had not been.
     """
 
     def gradients(
@@ -118,11 +122,20 @@ def make_train_step(
         if max_grad_norm is not None:
             shrink = jnp.minimum(1.0, max_grad_norm / jnp.maximum(norm, 1e-30))
             grads = jax.tree.map(lambda g: g * shrink, grads)
+        finite = jnp.isfinite(total) & jnp.isfinite(norm)
         trained, fixed = _apart(state.adapters)
-        updates, opt_state = optimizer.update(grads, state.opt_state, trained)
-        adapters = combine(optax.apply_updates(trained, updates), fixed)
-        new = TrainState(adapters, opt_state, state.step + 1, state.key)
-        return new, {"loss": total * scale, "grad_norm": norm, "tokens": tokens}
+        update = optax.with_extra_args_support(optimizer).update
+        updates, opt_state = update(grads, state.opt_state, trained, finite=finite)
+        updated = _choose(finite, optax.apply_updates(trained, updates), trained)
+        opt_state = _choose(finite, opt_state, state.opt_state)
+        new = TrainState(combine(updated, fixed), opt_state, state.step + 1, state.key)
+        skipped = 1.0 - finite.astype(jnp.float32)
+        return new, {
+            "loss": total * scale,
+            "grad_norm": norm,
+            "tokens": tokens,
+            "skipped": skipped,
+        }
 
     if state_shardings is None:
         return jax.jit(step, donate_argnums=0)
@@ -144,6 +157,19 @@ def make_eval_step(
 def _apart(adapters: lora.Adapters) -> tuple[Any, Any]:
     """(what is trained, what goes with it), each with None where the other has its leaves."""
     return partition(adapters, lora.trained_mask(adapters))
+
+
+def _choose(finite: jax.Array, new: Any, old: Any) -> Any:
+    """One of two trees, element by element: fused into what computes `new`, in the place of `old`,
+    where a conditional would keep both."""
+
+    def one(new: jax.Array, old: jax.Array) -> jax.Array:
+        # What is not on the device cannot be computed with: its optimizer chose by `finite`.
+        if jax.typeof(new).memory_space == jax.memory.Space.Host:
+            return new
+        return jnp.where(finite, new, old)
+
+    return jax.tree.map(one, new, old)
 
 
 def _check_micro_batches(batch: Batch, accumulate: int) -> None:

@@ -35,7 +35,7 @@ class StepBatches:
             import grain
         except ModuleNotFoundError as error:
             raise missing("grain", "making batches ahead", "cli") from error
-        self._grain = grain
+        self._grain, self._train = grain, train
         if settings.batch_size % process_count:
             raise QloraError(
                 f"batch_size {settings.batch_size} cannot be shared by {process_count} processes"
@@ -72,6 +72,15 @@ class StepBatches:
             array = array.reshape(*self._micro, *array.shape[1:])[:, self._mine]
             batch[name] = array[0] if self._micro[0] == 1 else array
         return batch
+
+    def examples_of(self, step: int) -> list[str]:
+        """The examples of step `step`, all counted from 0, and where they are from, if known."""
+        numbers = sorted(number for row in self._source.rows_of(step) for number in row)
+        places = [self._train[number].where for number in numbers]
+        return [
+            f"example {number} ({place})" if place else f"example {number}"
+            for number, place in zip(numbers, places, strict=True)
+        ]
 
     def start(self, step: int = 0) -> Iterator[Batch]:
         """Batches from `step` on, counted from 0, to the end of the run.

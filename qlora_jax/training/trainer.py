@@ -14,16 +14,19 @@ from jax.sharding import Mesh
 from qlora_jax import lora
 from qlora_jax.checkpoints import peft
 from qlora_jax.checkpoints.any_model import AnyModel
-from qlora_jax.data import TokenizedDataset
-from qlora_jax.errors import QloraError, missing
+from qlora_jax.data import Batch, TokenizedDataset
+from qlora_jax.errors import missing
 from qlora_jax.parallel import Layout, is_first, whole_here
 from qlora_jax.training.auto import fitting
+from qlora_jax.training.checkpoints import Checkpoint, RunCheckpoints, check_unused
 from qlora_jax.training.checks import check_examples
 from qlora_jax.training.evaluation import HeldOut
 from qlora_jax.training.interrupts import Interrupts
-from qlora_jax.training.log import StepLog, due, rate_table
+from qlora_jax.training.log import StepLog, rate_table
+from qlora_jax.training.loop import Loop
 from qlora_jax.training.plot import plot_losses
 from qlora_jax.training.report import MetricsFile, Progress, Silence
+from qlora_jax.training.resume import check_same, describe_run
 from qlora_jax.training.settings import TrainSettings
 from qlora_jax.training.step import TrainState, make_train_step
 from qlora_jax.training.stream import StepBatches
@@ -40,9 +43,9 @@ class FitResult:
 
     adapters     trained
     history      the lines of metrics.jsonl
-    steps        how many were taken
+    steps        how many were taken, before this run went on too
     seconds      of wall time, compiling and evaluating included
-    interrupted  whether Ctrl-C cut the run short
+    interrupted  whether Ctrl-C or SIGTERM cut the run short
     """
 
     adapters: lora.Adapters
@@ -63,6 +66,7 @@ def fit(
     adapters: lora.Adapters | None = None,
     optimizer: optax.GradientTransformation | None = None,
     mesh: Mesh | None = None,
+    resume: bool = False,
     display: bool = True,
 ) -> FitResult:
     """Trains adapters of `model` on `train` and saves them in `output`, in PEFT's format.
@@ -70,25 +74,30 @@ def fit(
     train: of `tokenize` for a decoder, `tokenize_seq2seq` for an encoder-decoder,
     `tokenize_labelled` for an encoder that classifies.
 
-    adapters: to go on from, by default new ones by `config`. optimizer: instead of AdamW on the
+    adapters: to begin with, by default new ones by `config`. optimizer: instead of AdamW on the
     settings' schedule. mesh: of `make_mesh`, to split the model and each batch over; with several
-    processes all of them call `fit` alike, and the first one writes. display: progress on the
-    terminal.
+    processes all of them call `fit` alike, and the first one writes. resume: go on with the run in
+    `output` from its newest checkpoint, as if it had never stopped; begin it if there is none.
+    display: progress on the terminal.
 
-    Beside the adapter, `output` gets loss.png and metrics.jsonl, with two kinds of lines. Of a
-    step: step (from 1), loss (nats per labelled token, before the update), grad_norm (before
-    clipping), learning_rate (not with an optimizer of one's own), tokens (labelled),
-    tokens_per_second (all but padding), memory_bytes (peak), seconds (of this step),
+    Beside the adapter, `output` gets checkpoints (step-N), loss.png and metrics.jsonl, with two
+    kinds of lines. Of a step: step (from 1), loss (nats per labelled token, before the update) and
+    grad_norm (before clipping), both if finite, learning_rate (not with an optimizer of one's own),
+    tokens (labelled), skipped (how many steps were skipped so far, since loss or gradient was not
+    finite), tokens_per_second (all but padding), memory_bytes (peak), seconds (of this step),
     input_seconds (that its batch was waited for). Of an evaluation: step, eval_loss, eval_tokens.
 
-    The first Ctrl-C ends the run after the step that is under way, and what was trained is saved; a
-    second one raises KeyboardInterrupt. Raises QloraError if `output` has an adapter already, for
-    examples longer than the settings' sequence length or the model's context, for ids outside its
-    vocabulary, and if the loss or the gradient is not finite; then no adapter is saved.
+    Ctrl-C or SIGTERM ends the run after the step that is under way, and what was trained is saved;
+    a second Ctrl-C raises KeyboardInterrupt. Raises QloraError if `output` has a run already and
+    `resume` is off, or another run and it is on, for examples longer than the settings' sequence
+    length or the model's context, for ids outside its vocabulary, if a checkpoint cannot be
+    written, and after `max_skipped` skipped steps in a row; then the state is saved as it was
+    before them.
     """
     output = Path(output)
-    if (output / peft.WEIGHTS).exists():
-        raise QloraError(f"{output}: has an adapter already; choose another folder, or delete it")
+    checkpoints = RunCheckpoints(output, settings.keep)
+    if not resume:
+        check_unused(output)
     # Said now, not when the run is over and its result would be lost.
     for package, purpose, extra in _NEEDED_AT_THE_END:
         if importlib.util.find_spec(package) is None:
@@ -101,6 +110,7 @@ def fit(
         layout.batch_sharding((settings.batch_size,))  # refused now if it cannot be split
     stream = StepBatches(train, settings)
     steps = stream.steps
+    about = describe_run(model, config, train, settings, steps, own_optimizer=bool(optimizer))
     rates = None if optimizer else rate_table(settings.learning_rates(steps), steps)
     own, optimizer = optimizer, optimizer or settings.make_optimizer(steps)
     keys = jax.random.split(jax.random.key(settings.seed))
@@ -139,42 +149,66 @@ def fit(
     if writes:
         output.mkdir(parents=True, exist_ok=True)
 
-    def save(folder: Path) -> None:
-        whole = whole_here(state.adapters)
-        if writes:
-            peft.save(folder, whole, model, config)
+    def place(batch: Batch) -> Any:
+        return batch if layout is None else layout.batch(batch, examples_axis)
 
-    began, number, interrupted = time.perf_counter(), 0, False
+    began, number, counts = time.perf_counter(), 0, {}
+    saved = checkpoints.newest(print if writes else _quiet) if resume else None
+    if saved is not None:
+        check_same(output, saved.run, about)
+        state, number, counts = checkpoints.restore(saved, state), saved.step, saved.counts
     with (
         Interrupts() as interrupts,
-        MetricsFile(output / "metrics.jsonl" if writes else None) as metrics,
-        Progress(steps) if display and writes else Silence() as progress,
+        checkpoints,
+        MetricsFile(output / "metrics.jsonl", until=number, write=writes) as metrics,
+        Progress(steps, number) if display and writes else Silence() as progress,
     ):
-        log = StepLog(metrics, progress, settings.log_every, steps, rates)
-        for number, batch in enumerate(stream.start(), start=1):
-            placed = batch if layout is None else layout.batch(batch, examples_axis)
-            state, measured = step(state, model.params, placed)
-            log.dispatched(number, measured, int(batch["attention_mask"].sum()), stream.waited)
-            last = number == steps
-            evaluating = held_out is not None and (last or due(number, settings.eval_every))
-            saving = not last and due(number, settings.save_every)
-            if not (evaluating or saving or last or interrupts.caught):
-                continue
-            log.catch_up(write=last or interrupts.caught)
-            if saving:
-                save(output / f"step-{number}")
-            if held_out is not None and evaluating and not interrupts.caught:
-                result = held_out.evaluate(state.adapters, interrupts)
-                if result is not None:
-                    metrics.add(step=number, eval_loss=result[0], eval_tokens=result[1])
-                    progress.say(f"step {number}: held-out loss {result[0]:.4f}")
-            if interrupts.caught:
-                interrupted = True
-                progress.say(f"interrupted after step {number}: saving what was trained")
-                break
-            log.restart_clock()
-        save(output)
-        if writes:
-            plot_losses(output / "loss.png", metrics.history)
+        if resume:
+            progress.say(_standing(output, saved, steps))
+        loop = Loop(
+            model=model,
+            config=config,
+            settings=settings,
+            output=output,
+            about=about,
+            stream=stream,
+            place=place,
+            step=step,
+            held_out=held_out,
+            checkpoints=checkpoints,
+            interrupts=interrupts,
+            metrics=metrics,
+            progress=progress,
+            log=StepLog(metrics, progress, settings.log_every, rates, counts),
+            state=state,
+            number=number,
+        )
+        finished = saved is not None and saved.finished
+        if not finished:
+            finished = loop.go_on()
+            if not finished:
+                progress.say(
+                    f"interrupted after step {loop.number} ({interrupts.caught}): what was trained "
+                    "is saved, --resume goes on from there"
+                )
+            whole = whole_here(loop.state.adapters)
+            if writes:
+                peft.save(output, whole, model, config)
+                plot_losses(output / "loss.png", metrics.history)
+                if finished:
+                    checkpoints.finish(loop.number)
     seconds = time.perf_counter() - began
-    return FitResult(state.adapters, metrics.history, number, seconds, interrupted)
+    return FitResult(loop.state.adapters, metrics.history, loop.number, seconds, not finished)
+
+
+def _quiet(_: str) -> None:
+    """Says nothing."""
+
+
+def _standing(output: Path, saved: Checkpoint | None, steps: int) -> str:
+    """Where a run that is to go on stands."""
+    if saved is None:
+        return f"{output}: no checkpoint to go on from, the run begins"
+    if saved.finished:
+        return f"{output}: the run is finished, all {steps} steps of it"
+    return f"{output}: going on after step {saved.step} of {steps}"
