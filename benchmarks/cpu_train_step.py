@@ -13,6 +13,7 @@ Needs torch, transformers, PEFT and bitsandbytes: the environment that `make par
 """
 
 import argparse
+import functools
 import json
 import statistics
 import subprocess
@@ -31,20 +32,31 @@ PEER = "PEFT + bitsandbytes NF4"
 CONTENDERS = ("qlora-jax NF4", "qlora-jax dense", PEER)
 
 
-def prepare_ours(gguf: Path, quantized: bool, batch: int, length: int) -> Callable[[], Any]:
+def prepare_ours(
+    source: Path,
+    quantized: bool,
+    batch: int,
+    length: int,
+    *,
+    rank: int = RANK,
+    dtype: str = "float32",
+    remat: str = "none",
+) -> Callable[[], Any]:
     """A function that takes one train step and returns its loss."""
     import jax
+    import jax.numpy as jnp
     import optax
 
     import qlora_jax as qj
 
-    model = qj.load(gguf, quantization=qj.NF4() if quantized else None)
-    config = qj.LoraConfig(rank=RANK, alpha=2 * RANK)
+    model = qj.load(source, quantization=qj.NF4() if quantized else None, dtype=dtype)
+    config = qj.LoraConfig(rank=rank, alpha=2 * rank)
     adapters = qj.lora.init(jax.random.key(0), model.params, config)
     optimizer = optax.adamw(2e-4, weight_decay=0.0)
     state = qj.TrainState.create(adapters, optimizer)
-    train = qj.make_train_step(model.loss, optimizer, max_grad_norm=0.3)
-    ids = jax.random.randint(jax.random.key(1), (batch, length), 0, model.config.vocab_size)
+    loss = functools.partial(model.loss, remat=remat)
+    train = qj.make_train_step(loss, optimizer, max_grad_norm=0.3)
+    ids = jnp.asarray(peer_step.tokens(model.config.vocab_size, batch, length), jnp.int32)
 
     def step() -> float:
         nonlocal state
@@ -94,14 +106,14 @@ def child(job: dict[str, Any]) -> dict[str, Any]:
     else:
         quantized = job["contender"] == CONTENDERS[0]
         step = prepare_ours(Path(job["gguf"]), quantized, batch, length)
-    loaded = _peak_memory()
+    loaded = peak_memory()
     for _ in range(WARM_UP):
         step()
     seconds = [_seconds(step) for _ in range(job["steps"])]
-    return {"seconds": seconds, "loaded": loaded, "peak": _peak_memory(), "loss": step()}
+    return {"seconds": seconds, "loaded": loaded, "peak": peak_memory(), "loss": step()}
 
 
-def _peak_memory() -> int:
+def peak_memory() -> int:
     """Bytes. Not ru_maxrss, which on Linux begins at the peak of the process that started this."""
     for line in Path("/proc/self/status").read_text().splitlines():
         if line.startswith("VmHWM:"):

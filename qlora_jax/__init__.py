@@ -8,6 +8,7 @@ from qlora_jax.checkpoints.model import Model
 from qlora_jax.errors import QloraError
 from qlora_jax.lift import lift
 from qlora_jax.lora import LoraArray, LoraConfig, VeraConfig
+from qlora_jax.models.attention import use_attention
 from qlora_jax.parallel import Layout, make_mesh
 from qlora_jax.quant import (
     FP4,
@@ -55,5 +56,6 @@ __all__ = [
     "quantize",
     "quantize_tree",
     "trainable_mask",
+    "use_attention",
     "use_implementation",
 ]

@@ -1,14 +1,21 @@
-"""Grouped-query attention with rotary positions, and the masks that it uses."""
+"""Grouped-query attention with rotary positions, and which code computes it."""
 
+import contextlib
+import contextvars
 import functools
-from typing import Any
+from collections.abc import Callable, Iterator
+from typing import Any, Literal, NamedTuple, get_args
 
 import jax
-import jax.numpy as jnp
 from flax import nnx
 from jax.typing import DTypeLike
 
+from qlora_jax.errors import QloraError
+from qlora_jax.models import attention_cudnn, attention_splash, attention_xla
+from qlora_jax.models.masks import Mask
 from qlora_jax.models.rope import rotate
+
+AttentionImplementation = Literal["xla", "splash", "cudnn"]
 
 
 class Attention(nnx.Module):
@@ -63,7 +70,7 @@ class Attention(nnx.Module):
         q: jax.Array,
         k: jax.Array,
         v: jax.Array,
-        mask: jax.Array | None,
+        mask: Mask,
         *,
         scale: float | None = None,
         softcap: float | None = None,
@@ -73,90 +80,96 @@ class Attention(nnx.Module):
         return self.o_proj(out.reshape(*out.shape[:2], -1))
 
 
-BLOCK = 128
-"""Queries that are attended together, where a sequence attends to itself."""
+class Kernel(NamedTuple):
+    """A flash attention: `attend` as below, the only platform on which it runs, why it does not on
+    this machine (None: it does), why it does not take such a q, k, mask and softcap, and whether
+    the platform chooses it; otherwise only its name does."""
+
+    attend: Callable[..., jax.Array]
+    platform: str
+    unavailable: Callable[[], str | None]
+    unsupported: Callable[[jax.Array, jax.Array, Mask, float | None], str | None]
+    by_default: bool
+
+
+KERNELS = {
+    "splash": Kernel(
+        attention_splash.attend,
+        "tpu",
+        attention_splash.unavailable,
+        attention_splash.unsupported,
+        by_default=True,
+    ),
+    # By name until a GPU has run it: XLA compiles it without a device, but cuDNN itself decides
+    # only there which of these attentions it has.
+    "cudnn": Kernel(
+        attention_cudnn.attend,
+        "cuda",
+        attention_cudnn.unavailable,
+        attention_cudnn.unsupported,
+        by_default=False,
+    ),
+}
+assert {"xla", *KERNELS} == set(get_args(AttentionImplementation))
+
+_forced: contextvars.ContextVar[str | None] = contextvars.ContextVar("attention", default=None)
+
+
+@contextlib.contextmanager
+def use_attention(implementation: AttentionImplementation | None) -> Iterator[None]:
+    """Sequences that attend to themselves do so by `implementation` in all that is traced inside.
+
+    None: as the platform decides. A name holds also for devices that are not here, as when
+    compiling without one; what it does not take raises QloraError. A function that jit has compiled
+    before keeps what it was compiled with.
+    """
+    if implementation not in (None, *get_args(AttentionImplementation)):
+        expected = ", ".join(get_args(AttentionImplementation))
+        raise QloraError(f"attention {implementation!r}: expected one of {expected}")
+    token = _forced.set(implementation)
+    try:
+        yield
+    finally:
+        _forced.reset(token)
 
 
 def attend(
     q: jax.Array,
     k: jax.Array,
     v: jax.Array,
-    mask: jax.Array | None,
+    mask: Mask,
     *,
     scale: float | None = None,
     softcap: float | None = None,
 ) -> jax.Array:
-    """q [B, T, H, Dh] over k, v [B, S, Hkv, Dh] -> [B, T, H, Dh]; mask None: plainly causal.
+    """q [B, T, H, Dh] over k, v [B, S, Hkv, Dh] -> [B, T, H, Dh]; no query sees a later key.
 
     scale: of the scores, 1 / sqrt(Dh) by default; softcap: scores x become cap * tanh(x / cap).
-    Where T = S no query sees a later key, so that the queries are taken in blocks, each over the
-    keys up to its own end: that halves the work and the size of the probabilities.
+    What padding attends to is not defined. Computed by the kernel of the platform that the program
+    is lowered for, where T = S, there is no cache, and the kernel takes it; else by XLA.
     """
-    time = q.shape[1]
-    if time != k.shape[1]:
-        return _attend_block(q, k, v, mask, 0, time, k.shape[1], scale, softcap)
-    # Blocks are unrolled: at most 16 of them, to keep programs small.
-    block = BLOCK * max(1, -(-time // (16 * BLOCK)))
-    parts = []
-    for start in range(0, time, block):
-        end = min(start + block, time)
-        parts.append(_attend_block(q, k, v, mask, start, end, end, scale, softcap))
-    return parts[0] if len(parts) == 1 else jnp.concatenate(parts, axis=1)
+    how = {"scale": scale, "softcap": softcap}
+    name = _forced.get()
+    if name == "xla" or mask.start is not None or q.shape[1] != k.shape[1]:
+        return attention_xla.attend(q, k, v, mask, **how)
+    if name is not None:
+        if reason := KERNELS[name].unsupported(q, k, mask, softcap):
+            raise QloraError(f"attention {name!r} cannot be used: {reason}")
+        return KERNELS[name].attend(q, k, v, mask, **how)
+    here = {
+        kernel.platform: functools.partial(kernel.attend, **how)
+        for kernel in KERNELS.values()
+        if kernel.by_default
+        and not kernel.unavailable()
+        and not kernel.unsupported(q, k, mask, softcap)
+    }
+    if not here:
+        return attention_xla.attend(q, k, v, mask, **how)
 
+    # As in attention_xla: what a branch would keep for the backward pass, the others would too.
+    @functools.partial(jax.checkpoint, prevent_cse=False)
+    def chosen(q: jax.Array, k: jax.Array, v: jax.Array, mask: Mask) -> jax.Array:
+        default = functools.partial(attention_xla.attend, **how)
+        return jax.lax.platform_dependent(q, k, v, mask, default=default, **here)
 
-# Under jax.checkpoint only q, k and v are kept for the backward pass: the T x S probabilities of
-# every layer would be by far the largest residual, and computing them again is cheap. Blocks are
-# cut inside, so that they keep the whole arrays together and not a slice each.
-# prevent_cse=False: the layers run inside a scan, whose forward and backward loops are separate.
-@functools.partial(jax.checkpoint, prevent_cse=False, static_argnums=(4, 5, 6, 7, 8))
-def _attend_block(
-    q: jax.Array,
-    k: jax.Array,
-    v: jax.Array,
-    mask: jax.Array | None,
-    start: int,
-    end: int,
-    seen: int,
-    scale: float | None,
-    softcap: float | None,
-) -> jax.Array:
-    """Queries `start` to `end` over the first `seen` keys; mask None: plainly causal."""
-    if mask is None:
-        here = causal_mask(jnp.arange(start, end), seen, None)
-    else:
-        here = mask[:, :, start:end, :seen]
-    q, k, v = q[:, start:end], k[:, :seen], v[:, :seen]
-    if softcap is None:
-        return jax.nn.dot_product_attention(q, k, v, mask=here, scale=scale)
-    return _capped_attention(q, k, v, here, scale or q.shape[-1] ** -0.5, softcap)
-
-
-def _capped_attention(
-    q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array, scale: float, softcap: float
-) -> jax.Array:
-    """What `jax.nn.dot_product_attention` does, which knows no cap; softmax in fp32."""
-    groups = q.reshape(*q.shape[:2], k.shape[2], -1, q.shape[3])
-    scores = jnp.einsum("btngd,bsnd->bngts", groups, k, preferred_element_type=jnp.float32)
-    scores = softcap * jnp.tanh(scores * (scale / softcap))
-    scores = jnp.where(mask[:, :, None], scores, jnp.finfo(jnp.float32).min)
-    weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
-    return jnp.einsum("bngts,bsnd->btngd", weights, v).reshape(q.shape)
-
-
-def causal_mask(queries: jax.Array, slots: int, valid: jax.Array | None) -> jax.Array:
-    """Which slots each query may see: [1 or B, 1, T, S] bool.
-
-    queries [T] is the slot of each query; valid [B, S] is False on padding.
-    """
-    mask = (jnp.arange(slots)[None, :] <= queries[:, None])[None, None]
-    return mask if valid is None else mask & valid[:, None, None, :]
-
-
-def within_window(queries: jax.Array, slots: int, window: jax.Array) -> jax.Array:
-    """[1, 1, T, S] bool: the slot is one of the last `window` up to and including the query's."""
-    return (queries[:, None] - jnp.arange(slots)[None, :] < window)[None, None]
-
-
-def same_segment(segment_ids: jax.Array) -> jax.Array:
-    """[B, 1, T, T] bool: query and key belong to the same document; segment_ids [B, T]."""
-    return (segment_ids[:, :, None] == segment_ids[:, None, :])[:, None]
+    return chosen(q, k, v, mask)

@@ -3,19 +3,19 @@
 Letters: B batch, T time, S cache slots, D model, V vocabulary, H heads, Dh size of a head.
 """
 
+import dataclasses
 import functools
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import nnx
 from jax.typing import DTypeLike
 
-from qlora_jax.models.attention import causal_mask, same_segment, within_window
 from qlora_jax.models.cache import Cache, check_room
 from qlora_jax.models.config import FULL, DecoderConfig
+from qlora_jax.models.masks import Mask
 from qlora_jax.models.positions import count_positions
 from qlora_jax.models.remat import Remat, cheap, named, rematerialized
 from qlora_jax.models.stacks import scan_layers, stack
@@ -34,9 +34,9 @@ class DecoderLayer(Protocol):
         ...
 
     def attend(
-        self, x: jax.Array, q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array | None
+        self, x: jax.Array, q: jax.Array, k: jax.Array, v: jax.Array, mask: Mask
     ) -> jax.Array:
-        """x [B, T, D] and what attention adds to it; mask None: plainly causal."""
+        """x [B, T, D] and what attention adds to it."""
         ...
 
     def feed_forward(self, x: jax.Array) -> jax.Array:
@@ -54,7 +54,7 @@ class PreNormLayer(nnx.Module):
         return self.self_attn.project(self.input_layernorm(x), rotation)
 
     def attend(
-        self, x: jax.Array, q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array | None
+        self, x: jax.Array, q: jax.Array, k: jax.Array, v: jax.Array, mask: Mask
     ) -> jax.Array:
         return x + self.self_attn.attend(q, k, v, mask)
 
@@ -146,7 +146,6 @@ class Decoder(nnx.Module):
                 positions = positions + cache.positions[:, None]
         rotations = self.rotations(positions)
 
-        queries = start + jnp.arange(time)
         slots = time if cache is None else cache.length
         if cache is not None:
             if segment_ids is not None:
@@ -154,17 +153,18 @@ class Decoder(nnx.Module):
             check_room(cache, batch, time)
             new = jnp.ones((batch, time), bool) if valid is None else valid
             valid = jax.lax.dynamic_update_slice(cache.valid, new, (0, start))
-        windows = _layer_windows(config, slots)
-        mask = None
-        if valid is not None or windows is not None or segment_ids is not None:
-            mask = causal_mask(queries, slots, valid)
-        if mask is not None and segment_ids is not None:
-            mask = mask & same_segment(segment_ids)
+        window, slides = _windows(config, slots)
+        mask = Mask(
+            valid=valid,
+            segment_ids=segment_ids,
+            start=None if cache is None else start,
+            window=window,
+        )
 
         def layer_step(graphdef: Any, carry: Any, xs: Any) -> tuple[Any, Any]:
             x, keys, values = carry
             x = named("layer_input", x)
-            state, (number, window, kind, scale) = xs
+            state, (number, slides, kind, scale) = xs
             layer: DecoderLayer = nnx.merge(graphdef, state)
             rotation = None if not rotations else rotations[0]
             if kind is not None:
@@ -178,9 +178,7 @@ class Decoder(nnx.Module):
                 keys = jax.lax.dynamic_update_slice(keys, k[None].astype(keys.dtype), place)
                 values = jax.lax.dynamic_update_slice(values, v[None].astype(keys.dtype), place)
                 k, v = keys[number].astype(q.dtype), values[number].astype(q.dtype)
-            here = mask
-            if mask is not None and window is not None:
-                here = mask & within_window(queries, slots, window)
+            here = dataclasses.replace(mask, slides=slides)
             x = named("attended", layer.attend(x, q, k, v, here))
             measured = self.measure(layer, x, real)
             return (layer.feed_forward(x), keys, values), measured
@@ -200,7 +198,7 @@ class Decoder(nnx.Module):
         kinds = jnp.asarray(self.rotation_of_layers(), jnp.int32) if several else None
         scales = self.query_scales()
         scales = None if scales is None else jnp.asarray(scales, jnp.float32)
-        xs = (numbers, windows, kinds, scales)
+        xs = (numbers, slides, kinds, scales)
         (x, keys, values), measured = scan_layers(steps, carry, states, config.stacks, xs)
         if cache is not None and valid is not None:
             cache = Cache(
@@ -220,10 +218,11 @@ class Decoder(nnx.Module):
         return jnp.einsum("...d,vd->...v", hidden, table, preferred_element_type=jnp.float32)
 
 
-def _layer_windows(config: DecoderConfig, slots: int) -> jax.Array | None:
-    """Sliding window of every layer, [L], or None where none can hide one of `slots` slots."""
-    if config.sliding_window is None or slots <= config.sliding_window:
-        return None
-    unlimited = np.iinfo(np.int32).max
-    sizes = [unlimited if t == FULL else config.sliding_window for t in config.layer_types]
-    return jnp.asarray(sizes, jnp.int32)
+def _windows(config: DecoderConfig, slots: int) -> tuple[int | None, jax.Array | None]:
+    """The sliding window, None where it can hide none of `slots` slots, and in which layers it
+    holds, [L] bool, None for all of them."""
+    sliding = [kind != FULL for kind in config.layer_types]
+    window = config.sliding_window
+    if window is None or slots <= window or not any(sliding):
+        return None, None
+    return window, None if all(sliding) else jnp.asarray(sliding)

@@ -13,8 +13,8 @@ from flax import nnx
 from jax.typing import DTypeLike
 
 from qlora_jax.errors import QloraError
-from qlora_jax.models.attention import same_segment
 from qlora_jax.models.encoder_config import ACTIVATIONS, EncoderConfig
+from qlora_jax.models.masks import same_segment
 from qlora_jax.models.norm import LayerNorm
 from qlora_jax.models.remat import Remat, cheap, named, rematerialized
 
@@ -178,7 +178,7 @@ def visible(attention_mask: jax.Array | None, segment_ids: jax.Array | None) -> 
     mask = None if attention_mask is None else attention_mask.astype(bool)[:, None, None, :]
     if segment_ids is None:
         return mask
-    same = same_segment(segment_ids)
+    same = same_segment(segment_ids, segment_ids)
     return same if mask is None else mask & same
 
 

@@ -26,6 +26,7 @@ from qlora_jax.models.config import (
     special_tokens,
 )
 from qlora_jax.models.decoder import Decoder, Rotation
+from qlora_jax.models.masks import Mask
 from qlora_jax.models.norm import RMSNorm
 from qlora_jax.models.remat import cheap, named
 from qlora_jax.models.rope import RopeConfig, rotation
@@ -257,7 +258,7 @@ class Layer(nnx.Module):
         return self.self_attn.project(self.input_layernorm(x), rotation)
 
     def attend(
-        self, x: jax.Array, q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array | None
+        self, x: jax.Array, q: jax.Array, k: jax.Array, v: jax.Array, mask: Mask
     ) -> jax.Array:
         out = self.self_attn.attend(q, k, v, mask, scale=self.scale, softcap=self.softcap)
         return x + (self.post_attention_layernorm(out) if self.sandwich else out)

@@ -23,6 +23,7 @@ from qlora_jax.models.config import (
     special_tokens_to_hf,
 )
 from qlora_jax.models.decoder import Decoder, Rotation
+from qlora_jax.models.masks import Mask
 from qlora_jax.models.norm import LayerNorm
 from qlora_jax.models.remat import cheap, named
 from qlora_jax.models.typed import entry
@@ -133,7 +134,7 @@ class Attention(nnx.Module):
         q, k, v = jnp.split(self.c_attn(x).reshape(*x.shape[:2], -1, self.head_dim), 3, axis=2)
         return q, k, v
 
-    def attend(self, q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array | None) -> jax.Array:
+    def attend(self, q: jax.Array, k: jax.Array, v: jax.Array, mask: Mask) -> jax.Array:
         """q [B, T, H, Dh] over k, v [B, S, H, Dh] -> [B, T, D]; mask as for `attend`."""
         out = attend(q, k, v, mask, scale=self.scale)
         return self.c_proj(out.reshape(*out.shape[:2], -1))
@@ -170,7 +171,7 @@ class Layer(nnx.Module):
         return self.attn.project(self.ln_1(x))
 
     def attend(
-        self, x: jax.Array, q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array | None
+        self, x: jax.Array, q: jax.Array, k: jax.Array, v: jax.Array, mask: Mask
     ) -> jax.Array:
         return x + self.attn.attend(q, k, v, mask)
 

@@ -23,6 +23,7 @@ from qlora_jax.models.config import (
     special_tokens,
 )
 from qlora_jax.models.decoder import Decoder, PreNormLayer, Rotation
+from qlora_jax.models.masks import Mask
 from qlora_jax.models.norm import RMSNorm
 from qlora_jax.models.remat import cheap, named
 from qlora_jax.models.rope import RopeConfig, rotate, rotation
@@ -140,7 +141,7 @@ class Attention(nnx.Module):
         q, k, v = (part.reshape(*x.shape[:2], -1, self.head_dim) for part in parts)
         return rotate(q, *rotation), rotate(k, *rotation), v
 
-    def attend(self, q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array | None) -> jax.Array:
+    def attend(self, q: jax.Array, k: jax.Array, v: jax.Array, mask: Mask) -> jax.Array:
         """q [B, T, H, Dh] over k, v [B, S, Hkv, Dh] -> [B, T, D]."""
         out = attend(q, k, v, mask)
         return self.o_proj(out.reshape(*out.shape[:2], -1))

@@ -16,8 +16,8 @@ from flax import nnx
 from jax.typing import DTypeLike
 
 from qlora_jax.errors import QloraError
-from qlora_jax.models.attention import causal_mask
 from qlora_jax.models.cache import EncoderDecoderCache, check_room
+from qlora_jax.models.masks import causal_mask
 from qlora_jax.models.norm import RMSNorm
 from qlora_jax.models.remat import Remat, cheap, named, rematerialized
 from qlora_jax.models.t5_config import T5Config

@@ -2,9 +2,9 @@
 
     python -m tests.compile.run COMPILERS [PROGRAM]
 
-PROGRAM: only this one of train_step, tpu_kernels, gpu_kernels and plan. COMPILERS holds the folders
-`tpu` (libtpu), `gpu` (JAX's CUDA plugin, ptxas) and `cuda` (qlora-jax-cuda) as `make compile`
-installs them. A process each, because what a target cannot compile may abort the process.
+PROGRAM: only this one of train_step, attention, tpu_kernels, gpu_kernels and plan. COMPILERS holds
+the folders `tpu` (libtpu), `gpu` (JAX's CUDA plugin, ptxas) and `cuda` (qlora-jax-cuda) as `make
+compile` installs them. A process each, because what a target cannot compile may abort the process.
 """
 
 import subprocess
@@ -16,8 +16,8 @@ from qlora_jax.plan.compilers import environment
 from tests.compile.targets import TARGETS
 
 PROGRAMS = {
-    "tpu": ("train_step", "tpu_kernels"),
-    "gpu": ("train_step", "gpu_kernels", "plan"),
+    "tpu": ("train_step", "attention", "tpu_kernels"),
+    "gpu": ("train_step", "attention", "gpu_kernels", "plan"),
 }
 SKIPPED = (
     ("train_step", "TPU v4"),  # without a device, a step is compiled with kernels of v5 and later

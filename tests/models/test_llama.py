@@ -9,7 +9,7 @@ import pytest
 
 import qlora_jax as qj
 from qlora_jax import models
-from qlora_jax.models import Cache, LlamaConfig, attention
+from qlora_jax.models import Cache, LlamaConfig, attention_xla
 
 BASE = {
     "vocab_size": 50,
@@ -50,7 +50,7 @@ def test_windows_and_blocks_against_one_mask(family, monkeypatch):
     params = jax.tree.map(lambda x: 3 * x, params)
     ids = jax.random.randint(jax.random.key(1), (2, 20), 0, 50)
     whole = logits(full, params, ids)
-    monkeypatch.setattr(attention, "BLOCK", 4)
+    monkeypatch.setattr(attention_xla, "BLOCK", 4)
     np.testing.assert_allclose(logits(full, params, ids), whole, rtol=0, atol=2e-5)
     wide = logits(dataclasses.replace(full, sliding_window=20), params, ids)
     assert float(jnp.abs(wide - whole)[:, :5].max()) < 2e-5

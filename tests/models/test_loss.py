@@ -6,7 +6,11 @@ import numpy as np
 import optax
 import pytest
 
+from qlora_jax.checkpoints.encoder import EncoderModel
+from qlora_jax.checkpoints.model import Model
+from qlora_jax.checkpoints.seq2seq import Seq2SeqModel
 from qlora_jax.errors import QloraError
+from qlora_jax.models import init_params, read_config
 from qlora_jax.models.loss import causal_lm_loss
 
 B, T, D, V = 3, 7, 16, 40
@@ -92,3 +96,61 @@ def test_a_single_token_has_nothing_to_predict():
     with pytest.raises(QloraError, match="at least two tokens"):
         causal_lm_loss(head, table, hidden[:, :1], labels[:, :1])
     causal_lm_loss(head, table, hidden[:, :2], labels[:, :2])
+
+
+TINY = {
+    "vocab_size": 40,
+    "hidden_size": 16,
+    "intermediate_size": 24,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 2,
+}
+MODELS = {
+    "decoder, capped and tied": (
+        Model,
+        TINY | {"model_type": "gemma2", "head_dim": 8, "final_logit_softcapping": 0.5},
+    ),
+    "decoder with a head of its own": (Model, TINY | {"model_type": "llama"}),
+    "encoder-decoder, tied": (
+        Seq2SeqModel,
+        {"model_type": "t5", "vocab_size": 40, "d_model": 16, "d_kv": 8, "d_ff": 24}
+        | {"num_layers": 1, "num_heads": 2},
+    ),
+    "encoder": (
+        EncoderModel,
+        TINY | {"model_type": "roberta", "architectures": ["RobertaForMaskedLM"]},
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", MODELS)
+def test_every_parameter_has_the_gradient_of_whole_logits(kind):
+    """The head's too, when all are trained: of whichever family, also where a table is both."""
+    make, hf = MODELS[kind]
+    config = read_config(hf)
+    params = jax.tree.map(lambda x: 3 * x, init_params(config, jax.random.key(0)))
+    model = make(config, params, None, "tiny", jnp.float32)
+    ids = jax.random.randint(jax.random.key(1), (2, 6), 2, 40)
+    labels = ids.at[0, 2].set(-100)
+
+    def whole(params):
+        targets = labels
+        if make is Seq2SeqModel:
+            start = jnp.zeros_like(labels[:, :1])
+            shifted = jnp.concatenate([start, labels[:, :-1]], axis=1)
+            logits = model.apply(params, ids, jnp.maximum(shifted, 0))
+        elif make is EncoderModel:
+            logits = model.apply(params, ids)
+        else:
+            logits, targets = model.apply(params, ids)[0][:, :-1], labels[:, 1:]
+        losses = optax.softmax_cross_entropy_with_integer_labels(logits, jnp.maximum(targets, 0))
+        return jnp.sum(losses, where=targets != -100)
+
+    def ours(params):
+        return model.loss(params, {"input_ids": ids, "labels": labels})[0]
+
+    found, expected = (jax.jit(jax.value_and_grad(f))(params) for f in (ours, whole))
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4), found, expected
+    )

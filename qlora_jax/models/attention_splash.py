@@ -1,0 +1,203 @@
+"""Attention on TPU by JAX's splash attention kernels: scores exist for a tile at a time, in VMEM.
+
+https://github.com/jax-ml/jax/tree/main/jax/experimental/pallas/ops/tpu/splash_attention
+"""
+
+import functools
+import math
+from typing import Any, Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.experimental.custom_partitioning import custom_partitioning
+from jax.sharding import NamedSharding, PartitionSpec
+
+from qlora_jax.models.masks import Mask
+
+LANES = 128
+"""Of a vector register: what tiles are multiples of."""
+TILE = 512
+"""At most so many queries by so many keys are multiplied in a step of the kernels."""
+
+
+class _How(NamedTuple):
+    """What is known when tracing; grouped: there are `groups`, mixed: there is `slides`."""
+
+    scale: float
+    softcap: float | None
+    window: int | None
+    grouped: bool
+    mixed: bool
+    interpret: bool
+
+
+def unavailable() -> str | None:
+    """Why the kernels do not run on this machine; None where they do."""
+    tpu = any(device.platform == "tpu" for device in jax.local_devices())
+    return None if tpu else "this process has no TPU"
+
+
+def unsupported(q: jax.Array, k: jax.Array, mask: Mask, softcap: float | None) -> str | None:
+    """Why the kernels do not take these; None where they do."""
+    if q.dtype not in (jnp.bfloat16, jnp.float32):
+        return f"q must be bfloat16 or float32, got {q.dtype.name}"
+    if q.shape[1] < LANES:
+        return f"it is for sequences of at least {LANES} tokens, got {q.shape[1]}"
+    return None
+
+
+def attend(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    mask: Mask,
+    *,
+    scale: float | None = None,
+    softcap: float | None = None,
+    interpret: bool = False,
+) -> jax.Array:
+    """As `attention.attend`, for T = S and no cache. interpret: on machines without a TPU.
+
+    For the backward pass q, k and v alone are kept, as XLA's attention has it.
+    """
+    groups, mixed = mask.groups(), mask.window is not None and mask.slides is not None
+    how = _How(
+        scale or q.shape[-1] ** -0.5, softcap, mask.window, groups is not None, mixed, interpret
+    )
+    more = [groups] * how.grouped + [mask.slides] * how.mixed
+    # Partitioning wants the kernels' arrays as arguments.
+    arrays = [array for kernel in _kernels(how, q.shape[1]) for array in kernel[0]]
+    return _attention(how, q, k, v, *more, *map(jnp.asarray, arrays))
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _attention(how: _How, *args: jax.Array) -> jax.Array:
+    """args: q, k, v, and what `_local` takes besides."""
+    # The log-sum-exp is written too and not read: so the kernel is the one that the backward pass
+    # begins with, and where a layer is computed again before it, XLA runs the two as one.
+    local = functools.partial(_local, how, with_sums=True)
+    return _over_devices(local, how, "out", args)
+
+
+def _forward(how: _How, *args: jax.Array) -> tuple[jax.Array, Any]:
+    return _attention(how, *args), args
+
+
+def _backward(how: _How, args: Any, g: jax.Array) -> Any:
+    def gradients(*args: jax.Array) -> tuple[jax.Array, ...]:
+        q, k, v, *more, g = args
+        _, pull = jax.vjp(lambda q, k, v: _local(how, q, k, v, *more), q, k, v)
+        return pull(g)
+
+    return (*_over_devices(gradients, how, "gradients", (*args, g)), *[None] * (len(args) - 3))
+
+
+_attention.defvjp(_forward, _backward)
+
+
+def _local(
+    how: _How, q: jax.Array, k: jax.Array, v: jax.Array, *more: jax.Array, with_sums: bool = False
+) -> jax.Array:
+    """The attention of what one device has."""
+    from jax.experimental.pallas.ops.tpu import splash_attention as splash
+
+    rest, time = list(more), q.shape[1]
+    groups = rest.pop(0) if how.grouped else None
+    slides = rest.pop(0) if how.mixed else None
+    extra = _padded(time) - time
+    # Keys that fill up the last tile come after every query, which so does not see them.
+    q = (q.astype(jnp.float32) * how.scale).astype(q.dtype)
+    q, k, v = (jnp.pad(x, ((0, 0), (0, extra), (0, 0), (0, 0))).swapaxes(1, 2) for x in (q, k, v))
+    ids = None if groups is None else jnp.pad(groups, ((0, 0), (0, extra)))
+
+    def one(kernel: Any, q: Any, k: Any, v: Any, ids: Any) -> jax.Array:
+        out = kernel(q, k, v, None if ids is None else splash.SegmentIds(ids, ids))
+        return out[0] if with_sums else out
+
+    runs = []
+    for arrays, tree in _kernels(how, time, with_sums):
+        kernel = jax.tree.unflatten(tree, [rest.pop(0) for _ in arrays])
+        runs.append(functools.partial(jax.vmap(functools.partial(one, kernel)), q, k, v, ids))
+    out = runs[0]() if slides is None else jax.lax.cond(slides, *runs)
+    return out.swapaxes(1, 2)[:, :time]
+
+
+def _kernels(how: _How, time: int, with_sums: bool = False) -> list[tuple[list[np.ndarray], Any]]:
+    """The kernel, as arrays and their tree; if layers are mixed, then also the one of the layers
+    that see everything. Of each head the same, and so of any number of heads."""
+    windows = (how.window, None) if how.mixed else (how.window,)
+    return [
+        _kernel(window, _padded(time), how.softcap, with_sums, how.interpret) for window in windows
+    ]
+
+
+@functools.lru_cache(maxsize=16)
+def _kernel(
+    window: int | None, time: int, softcap: float | None, with_sums: bool, interpret: bool
+) -> tuple[list[np.ndarray], Any]:
+    from jax.experimental.pallas.ops.tpu import splash_attention as splash
+    from jax.experimental.pallas.ops.tpu.splash_attention.splash_attention_kernel import BlockSizes
+
+    mask: Any = splash.CausalMask((time, time))
+    if window is not None:
+        mask = splash.LocalMask((time, time), (window - 1, 0), 0)
+    tile = math.gcd(time, TILE)
+    sizes = BlockSizes(
+        block_q=tile,
+        block_kv=tile,
+        block_q_dkv=tile,
+        block_kv_dkv=tile,
+        block_q_dq=tile,
+        block_kv_dq=tile,
+    )
+    with jax.ensure_compile_time_eval():
+        kernel = splash.make_splash_mha_single_device(
+            splash.MultiHeadMask([mask]),
+            block_sizes=sizes,
+            attn_logits_soft_cap=softcap,
+            save_residuals=with_sums,
+            interpret=interpret,
+        )
+        arrays, tree = jax.tree.flatten(kernel)
+        return [np.asarray(array) for array in arrays], tree
+
+
+def _padded(time: int) -> int:
+    return time + -time % LANES
+
+
+def _over_devices(local: Any, how: _How, what: Literal["out", "gradients"], args: Any) -> Any:
+    """local(*args), each device on its own sequences and heads; vmap goes from one to the next."""
+
+    @custom_partitioning
+    def call(*args: Any) -> Any:
+        return local(*args)
+
+    def partition(mesh: Any, args: Any, result: Any) -> Any:
+        batch, _, heads, _ = (*getattr(args[0].sharding, "spec", ()), *[None] * 4)[:4]
+        names = (heads,) if isinstance(heads, str) else heads or ()
+        if args[1].shape[2] % math.prod(mesh.shape[name] for name in names):
+            heads = None  # whole key heads only
+        whole = NamedSharding(mesh, PartitionSpec(batch, None, heads, None))
+        places = [NamedSharding(mesh, PartitionSpec())] * len(args)
+        places[:3] = [whole] * 3
+        if how.grouped:
+            places[3] = NamedSharding(mesh, PartitionSpec(batch, None))
+        if what == "gradients":
+            places[-1] = whole
+        return mesh, local, whole if what == "out" else (whole,) * 3, tuple(places)
+
+    query, key = "b t (k g) d", "b s k e"
+    rules = [query, key, key, *["b u"] * how.grouped]
+    rest = args[len(rules) : len(args) - (what == "gradients")]
+    rules += [" ".join(f"x{i}y{j}" for j in range(x.ndim)) for i, x in enumerate(rest)]
+    rules += [query] * (what == "gradients")
+    outputs = [query] if what == "out" else [query, key, key]
+    call.def_partition(
+        partition=partition,
+        infer_sharding_from_operands=lambda *args: partition(*args)[2],
+        sharding_rule=f"{', '.join(rules)} -> {', '.join(outputs)}",
+        g=args[0].shape[2] // args[1].shape[2],
+    )
+    return jax.custom_batching.sequential_vmap(call)(*args)
