@@ -70,11 +70,11 @@ def by_formula(workload: Workload, device: Device, implementation: str | None = 
     """The footprint by formula; nothing is compiled. implementation: of 4-bit products, by default
     the device's own."""
     implementation = implementation or ("pallas_tpu" if device.compiler == "tpu" else "xla")
-    where = SingleDeviceSharding(jax.local_devices(backend="cpu")[0])
+    where: Any = SingleDeviceSharding(jax.local_devices(backend="cpu")[0])
     if device.count > 1:
         # Shapes alone are asked for: no device needs to be there.
         axes = workload.axes(device.count)
-        mesh = AbstractMesh(tuple(axes.values()), tuple(axes))
+        mesh: Any = AbstractMesh(tuple(axes.values()), tuple(axes))
         where = Layout.of(mesh, workload.config())
     return abstract.of_workload(workload).estimate(where, decoded=decoded(implementation))
 

@@ -63,8 +63,10 @@ def compile_step(workload: Workload, device: Device) -> dict[str, Any]:
         if not str(error).startswith(EXHAUSTED):
             raise
         return answer | {"exhausted": reason(error), "seconds": time.perf_counter() - began}
-    # The GPU's compiler counts what lies in the host's memory among the arguments.
-    host = estimated.optimizer_host if device.compiler == "gpu" else 0
+    # Devices that are not here do not tell their kinds of memory, and of a GPU not all that lies in
+    # the host's need be counted apart.
+    host = max(0, estimated.optimizer_host - memory.host_argument_size_in_bytes)
+    host = host if device.compiler == "gpu" else 0
     return answer | {
         "arguments": memory.argument_size_in_bytes - host,
         "outputs": memory.output_size_in_bytes - memory.alias_size_in_bytes,
@@ -93,7 +95,7 @@ def implementations(device: Device) -> tuple[Any, ...]:
     if device.compiler == "tpu":
         return ("pallas_tpu", "xla")
     try:
-        from qlora_cuda import library
+        from qlora_cuda import library  # pyright: ignore[reportMissingImports]
     except ModuleNotFoundError:
         return ("xla",)
     if not library.PATH.exists():

@@ -5,6 +5,7 @@ import math
 from typing import Any
 
 import jax
+import jax.extend
 import jax.numpy as jnp
 
 from qlora_jax import lora

@@ -11,6 +11,7 @@ from qlora_jax import lora
 from qlora_jax.quant import QuantizedArray, is_quantized, path_str
 from qlora_jax.quant.policy import OUTPUT_HEAD
 from qlora_jax.training.masks import partition
+from qlora_jax.training.paged import is_paged
 from qlora_jax.training.step import TrainState
 
 
@@ -80,7 +81,7 @@ class Footprint:
 
 def count(state: TrainState, params: Any) -> Footprint:
     """The arguments' part of a footprint, from arrays or shapes. Those that have a sharding count
-    with what one device holds, and where its memory is."""
+    with what one device holds."""
     sums = dict.fromkeys(("codes", "scales", "embeddings", "dense"), 0)
     leaves = jax.tree_util.tree_flatten_with_path(params, is_leaf=is_quantized)[0]
     for path, leaf in leaves:
@@ -91,13 +92,13 @@ def count(state: TrainState, params: Any) -> Footprint:
         name = path_str(path)
         table = name.endswith("/embedding") or re.fullmatch(OUTPUT_HEAD, name)
         sums["embeddings" if table else "dense"] += nbytes(leaf)
-    optimizer = jax.tree.leaves(state.opt_state)
+    optimizer = jax.tree.leaves(state.opt_state, is_leaf=is_paged)
     trained, _ = partition(state.adapters, lora.trained_mask(state.adapters))
     return Footprint(
         **sums,
         adapters=tree_bytes(state.adapters),
-        optimizer=sum(nbytes(x) for x in optimizer if not on_host(x)),
-        optimizer_host=sum(nbytes(x) for x in optimizer if on_host(x)),
+        optimizer=sum(nbytes(x) for x in optimizer if not is_paged(x)),
+        optimizer_host=sum(tree_bytes(x) for x in optimizer if is_paged(x)),
         gradients=tree_bytes(trained),
         activations=0,
         working=0,
@@ -114,9 +115,3 @@ def nbytes(x: Any) -> int:
 def tree_bytes(tree: Any) -> int:
     """Of all leaves."""
     return sum(map(nbytes, jax.tree.leaves(tree)))
-
-
-def on_host(x: Any) -> bool:
-    """Whether a leaf lies in the host's memory."""
-    kind = getattr(getattr(x, "sharding", None), "memory_kind", None)
-    return kind is not None and kind.endswith("_host")
