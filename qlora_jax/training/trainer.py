@@ -112,18 +112,20 @@ def fit(
     steps = stream.steps
     about = describe_run(model, config, train, settings, steps, own_optimizer=bool(optimizer))
     rates = None if optimizer else rate_table(settings.learning_rates(steps), steps)
-    own, optimizer = optimizer, optimizer or settings.make_optimizer(steps)
+    transform = optimizer or settings.make_optimizer(steps)
     keys = jax.random.split(jax.random.key(settings.seed))
 
     def start(adapters: lora.Adapters | None, params: Any, keys: Any) -> TrainState:
         if adapters is None:
             adapters = lora.init(keys[0], params, config)
-        return TrainState.create(adapters, optimizer, keys[1])
+        return TrainState.create(adapters, transform, keys[1])
 
     if settings.memory == "auto":
         shapes = jax.eval_shape(start, adapters, model.params, keys)
-        settings, chosen = fitting(model, settings, shapes, stream[0], layout, may_page=own is None)
-        optimizer = own or settings.make_optimizer(steps)
+        settings, chosen = fitting(
+            model, settings, shapes, stream[0], layout, may_page=optimizer is None
+        )
+        transform = optimizer or settings.make_optimizer(steps)
         if display and is_first():
             print(chosen)
 
@@ -136,7 +138,7 @@ def fit(
         shardings = jax.tree.map(lambda x: x.sharding, state)
     step = make_train_step(
         functools.partial(model.loss, remat=settings.remat),
-        optimizer,
+        transform,
         max_grad_norm=settings.max_grad_norm,
         accumulate=settings.accumulate,
         dropout=config.dropout,
