@@ -211,13 +211,14 @@ class Planner:
     def _larger_device(self) -> list[Suggestion]:
         if self._device.compiler != "gpu":
             return []
-        larger = [gpu for gpu in GPUS.values() if gpu.room > self._device.room]
-        needed = self._corrected(self._workload)
-        for device in (gpu for gpu in larger if gpu.room >= needed):
-            total = self._measured(self._workload, device)
-            if total is not None and total <= device.room:
-                return [Suggestion("a larger device", f"{device.title}", total, device.room)]
-        return []
+        needed = max(self._corrected(self._workload), self._device.room + 1)
+        device = next((gpu for gpu in GPUS.values() if gpu.room >= needed), None)
+        if device is None:
+            return []
+        total = self._measured(self._workload, device)
+        if total is None or total > device.room:
+            return []
+        return [Suggestion("a larger device", device.title, total, device.room)]
 
 
 def _cheaper(workload: Workload) -> list[tuple[str, str, dict[str, Any]]]:
