@@ -11,6 +11,7 @@ A folder has this name when it is whole; until then it is .step-N.part.
 import concurrent.futures
 import dataclasses
 import json
+import logging
 import os
 import re
 import shutil
@@ -127,23 +128,28 @@ class RunCheckpoints:
         self.wait()
         import orbax.checkpoint as ocp
 
-        part = self._output / f".step-{step}.part"
+        part, quiet = self._output / f".step-{step}.part", _OrbaxQuiet()
         about = {"version": VERSION, "finished": False, "counts": counts, "run": run}
         try:
             if is_first():
                 shutil.rmtree(part, ignore_errors=True)
                 part.mkdir(parents=True)
             _together(part.name)
+            quiet.begin()
             checkpointer = ocp.StandardCheckpointer()
             flat, _ = jax.tree_util.tree_flatten_with_path(state)
             # Orbax refuses arrays without elements, which hold nothing.
             checkpointer.save(part / "state", {_name(path): x for path, x in flat if x.size})
         # As above, and from the disk.
         except Exception as error:
+            quiet.end()
             raise self._failure(step, error) from error
 
         def commit() -> None:
-            checkpointer.close()  # which waits for it, in the first process for all
+            try:
+                checkpointer.close()  # which waits for it, in the first process for all
+            finally:
+                quiet.end()
             if not is_first():
                 return
             write_adapter(part)
@@ -210,6 +216,25 @@ class RunCheckpoints:
             f"{self._output}: the checkpoint of step {step} could not be written "
             f"({reason(error)}); {left}. With the cause mended, --resume goes on from there"
         )
+
+
+class _OrbaxQuiet(logging.Filter):
+    """From `begin` to `end` Orbax logs no errors: several tracebacks for a full disk, around which
+    our message would not be found. It raises the same error."""
+
+    _logger = logging.getLogger("absl")
+
+    def begin(self) -> None:
+        """From now on."""
+        self._logger.addFilter(self)
+
+    def end(self) -> None:
+        """Until now."""
+        self._logger.removeFilter(self)
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        """Whether a record is to be shown."""
+        return "orbax" not in record.pathname
 
 
 def _open(folder: Path, step: int) -> Checkpoint:
