@@ -17,7 +17,7 @@ import jax.numpy as jnp
 
 from pallas_kernels import gpu, reference, tpu, tpu_scales
 from qlora_jax.errors import QloraError
-from qlora_jax.quant import blockwise, cuda
+from qlora_jax.quant import blockwise, cuda, pieces
 from qlora_jax.quant.kernel_call import kernel_call
 
 Implementation = Literal["xla", "pallas_tpu", "pallas_gpu", "cuda"]
@@ -39,13 +39,18 @@ class Products(NamedTuple):
     by_default: bool = True
 
 
-def _plain(product: Callable[..., jax.Array]) -> Callable[..., jax.Array]:
-    """`product` in JAX's own operations, which vmap and the compiler's sharding see through."""
+def _plain(
+    product: Callable[..., jax.Array], in_pieces: Callable[..., jax.Array]
+) -> Callable[..., jax.Array]:
+    """`product` in JAX's own operations, which vmap and the compiler's sharding see through; for
+    large weights `in_pieces`, a `kernel_call`."""
 
     def call(
         x: jax.Array, codes: jax.Array, scales: jax.Array, codebook: jax.Array,
         *nested: jax.Array, part: blockwise.Part | None = None, **how: Any,
     ) -> jax.Array:  # fmt: skip
+        if pieces.is_large(codes):
+            return in_pieces(x, codes, scales, codebook, *nested, **how)
         if nested:
             scales = blockwise.dequantize_scales(scales, *nested, part=part)
         return product(x, codes, scales, codebook, **how)
@@ -60,7 +65,13 @@ def _floats_only(k: int, n: int, block_size: int, dtype: Any) -> str | None:
 
 
 IMPLEMENTATIONS: dict[str, Products] = {
-    "xla": Products(_plain(reference.nf4_matmul), _plain(reference.nf4_matmul_transposed)),
+    "xla": Products(
+        _plain(reference.nf4_matmul, kernel_call(pieces.nf4_matmul, transposed=False)),
+        _plain(
+            reference.nf4_matmul_transposed,
+            kernel_call(pieces.nf4_matmul_transposed, transposed=True),
+        ),
+    ),
     "pallas_tpu": Products(
         kernel_call(tpu.nf4_matmul, transposed=False, look_up=tpu_scales.look_up),
         kernel_call(tpu.nf4_matmul_transposed, transposed=True, look_up=tpu_scales.look_up),

@@ -2,9 +2,10 @@
 
     python -m tests.compile.run COMPILERS [PROGRAM]
 
-PROGRAM: only this one of train_step, attention, tpu_kernels, gpu_kernels and plan. COMPILERS holds
-the folders `tpu` (libtpu), `gpu` (JAX's CUDA plugin, ptxas) and `cuda` (qlora-jax-cuda) as `make
-compile` installs them. A process each, because what a target cannot compile may abort the process.
+PROGRAM: only this one of train_step, attention, tpu_kernels, gpu_kernels, plan and memory.
+COMPILERS holds the folders `tpu` (libtpu), `gpu` (JAX's CUDA plugin, ptxas) and `cuda`
+(qlora-jax-cuda) as `make compile` installs them. A process each, because what a target cannot
+compile may abort the process.
 """
 
 import subprocess
@@ -17,13 +18,14 @@ from tests.compile.targets import TARGETS
 
 PROGRAMS = {
     "tpu": ("train_step", "attention", "tpu_kernels"),
-    "gpu": ("train_step", "attention", "gpu_kernels", "plan"),
+    "gpu": ("train_step", "attention", "gpu_kernels", "plan", "memory"),
 }
 SKIPPED = (
     ("train_step", "TPU v4"),  # without a device, a step is compiled with kernels of v5 and later
     ("tpu_kernels", "TPU v7x"),  # they are v6e's; the train step shows that they compile
     ("gpu_kernels", "RTX A6000"),  # they are Hopper's
     ("plan", "H200"),  # one is enough
+    ("memory", "H200"),  # it has three times as much
 )
 
 PARALLEL = 2  # a compilation takes about one core

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from qlora_jax.quant import FP4, NF4, nf4_matmul, nf4_matmul_transposed, quantize
+from qlora_jax.quant import FP4, NF4, nf4_matmul, nf4_matmul_transposed, pieces, quantize
 
 CONFIGS = [NF4(), NF4(32, False), FP4(), FP4(128, False)]
 # fp32: two orders of summation over K or N of unit numbers; bf16: one rounding of the result.
@@ -94,3 +94,21 @@ def test_no_dense_weight_is_kept_for_the_backward_pass():
     _, pullback = jax.eval_shape(lambda x, w: jax.vjp(lambda x: nf4_matmul(x, w), x), x, w)
     kept = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(pullback))
     assert kept < 1.1 * w.nbytes
+
+
+@dtypes
+def test_large_weights_in_pieces(dtype, monkeypatch):
+    """The same products, in pieces that divide either side; under vmap and in the gradient too."""
+    w, x, g, dense = problem(NF4(), dtype, k=320, n=48)
+    monkeypatch.setattr(pieces, "LIMIT", 320 * 48 // 4)
+    assert pieces.is_large(w.codes)
+    assert pieces._count(48, 320) == 4 and pieces._count(5, 64 * 48) == 5
+    tolerance = TOLERANCE[dtype]
+    y, pullback = jax.vjp(jax.vmap(lambda x: nf4_matmul(x, w)), x)
+    np.testing.assert_allclose(as64(y), as64(x) @ dense, rtol=tolerance, atol=tolerance)
+    np.testing.assert_allclose(
+        as64(pullback(g)[0]), as64(g) @ dense.T, rtol=tolerance, atol=tolerance
+    )
+    # Nothing near seven pieces divides eleven blocks, so that they stay together.
+    assert pieces._count(11, 7 * pieces.LIMIT // 11) == 11
+    assert pieces._count(31, 4 * pieces.LIMIT // 31) == 1
