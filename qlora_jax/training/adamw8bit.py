@@ -21,11 +21,11 @@ MIN_SIZE = 4096
 
 
 class Moment(NamedTuple):
-    """A moment of a parameter, block by block along its flattened axes.
+    """A moment of a parameter, in blocks along its flattened axes, the last one padded.
 
-    codes   uint8, of the parameter's shape
-    absmax  fp32 [L, ceil(size of a layer / 256)]; L is 1 but for three and more axes, of which the
-            first is of layers: no block has numbers of two
+    codes   uint8 [L, blocks, 256]; L is 1 but for three and more axes, of which the first is of
+            layers: no block has numbers of two
+    absmax  fp32 [L, blocks]
     """
 
     codes: jax.Array
@@ -60,10 +60,10 @@ def adamw8bit(
 
 
 def _scale_by_adam8bit(b1: float, b2: float, eps: float) -> optax.GradientTransformation:
-    def init(params: Any) -> ScaleByAdam8bitState:
+    def init(params: Any) -> Any:
         def zero(x: jax.Array, signed: bool) -> Any:
             zeros = jnp.zeros_like(x, jnp.float32)
-            return _quantize(zeros, signed) if _is_quantized(x) else zeros
+            return _quantize(_blocks(zeros), signed) if _is_quantized(x) else zeros
 
         return ScaleByAdam8bitState(
             jnp.zeros((), jnp.int32),
@@ -71,18 +71,22 @@ def _scale_by_adam8bit(b1: float, b2: float, eps: float) -> optax.GradientTransf
             jax.tree.map(lambda x: zero(x, False), params),
         )
 
-    def update(updates: Any, state: ScaleByAdam8bitState, params: Any = None) -> Any:
+    def update(updates: Any, state: Any, params: Any = None) -> Any:
         count = optax.safe_increment(state.count)
         correction1, correction2 = (1 - decay ** count.astype(jnp.float32) for decay in (b1, b2))
 
         def one(grad: jax.Array, mu: Any, nu: Any) -> tuple[jax.Array, Any, Any]:
+            quantized = _is_quantized(grad)
             g = grad.astype(jnp.float32)
-            m = b1 * _dequantize(mu, True) + (1 - b1) * g
-            v = b2 * _dequantize(nu, False) + (1 - b2) * g * g
-            new = (m / correction1) / (jnp.sqrt(v / correction2) + eps)
-            if _is_quantized(grad):
-                return new.astype(grad.dtype), _quantize(m, True), _quantize(v, False)
-            return new.astype(grad.dtype), m, v
+            if quantized:
+                g, mu, nu = _blocks(g), _dequantize(mu, True), _dequantize(nu, False)
+            mu = b1 * mu + (1 - b1) * g
+            nu = b2 * nu + (1 - b2) * g * g
+            new = (mu / correction1) / (jnp.sqrt(nu / correction2) + eps)
+            if quantized:
+                new = _unblocked(new, grad.shape)
+                mu, nu = _quantize(mu, True), _quantize(nu, False)
+            return new.astype(grad.dtype), mu, nu
 
         leaves, tree = jax.tree.flatten(updates)
         moments = zip(leaves, *map(tree.flatten_up_to, (state.mu, state.nu)), strict=True)
@@ -114,15 +118,11 @@ def _unblocked(blocks: jax.Array, shape: tuple[int, ...]) -> jax.Array:
     return blocks.reshape(layers, -1)[:, : math.prod(shape) // layers].reshape(shape)
 
 
-def _quantize(x: jax.Array, signed: bool) -> Moment:
-    blocks = _blocks(x)
+def _quantize(blocks: jax.Array, signed: bool) -> Moment:
     absmax = jnp.max(jnp.abs(blocks), axis=2)
     scaled = blocks * jnp.where(absmax > 0, 1 / absmax, 0.0)[:, :, None]
-    return Moment(_unblocked(dynamic.encode(scaled, signed), x.shape), absmax)
+    return Moment(dynamic.encode(scaled, signed), absmax)
 
 
-def _dequantize(moment: Any, signed: bool) -> jax.Array:
-    if not isinstance(moment, Moment):
-        return moment
-    levels = dynamic.decode(_blocks(moment.codes), signed)
-    return _unblocked(levels * moment.absmax[:, :, None], moment.codes.shape)
+def _dequantize(moment: Moment, signed: bool) -> jax.Array:
+    return dynamic.decode(moment.codes, signed) * moment.absmax[:, :, None]

@@ -11,6 +11,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
+from jax.core import Tracer
 from jax.sharding import NamedSharding, PartitionSpec
 
 from qlora_jax.errors import QloraError
@@ -53,7 +54,7 @@ def paged(
     if page_bytes < 1:
         raise QloraError(f"page_bytes must be at least 1, got {page_bytes}")
 
-    def init(params: Any) -> PagedState:
+    def init(params: Any) -> Any:
         pages = layout(optimizer, params, page_bytes)
         leaves, tree = jax.tree.flatten(params)
         shared = optimizer.init(some(tree, {}))
@@ -67,12 +68,12 @@ def paged(
 
     def update(
         updates: Any,
-        state: PagedState,
+        state: Any,
         params: Any = None,
         *,
         finite: jax.Array | None = None,
         **_: Any,
-    ) -> tuple[Any, PagedState]:
+    ) -> Any:
         grads, tree = jax.tree.flatten(updates)
         values = None if params is None else tree.flatten_up_to(params)
         old = by_path(state.inner)
@@ -193,12 +194,12 @@ def settled(tree: Any, beside: Any) -> Any:
     What is in host memory is bound; what is not would come back bound from a step that takes both,
     and the next step would be compiled anew. Under a trace there is nothing to do.
     """
-    leaves = [x for x in jax.tree.leaves(beside) if not isinstance(x, jax.core.Tracer)]
+    leaves = [x for x in jax.tree.leaves(beside) if not isinstance(x, Tracer)]
     shardings = [x.sharding for x in leaves if isinstance(x, jax.Array)]
     meshes = [s.mesh for s in shardings if isinstance(s, NamedSharding)]
 
     def one(x: jax.Array) -> jax.Array:
-        if isinstance(x, jax.core.Tracer) or x.committed:
+        if isinstance(x, Tracer) or x.committed:
             return x
         replicated = NamedSharding(meshes[0], PartitionSpec()) if meshes else x.sharding
         return jax.device_put(x, replicated)
@@ -207,14 +208,14 @@ def settled(tree: Any, beside: Any) -> Any:
 
 
 def _to_host(x: jax.Array) -> jax.Array:
-    if isinstance(x, jax.core.Tracer):
+    if isinstance(x, Tracer):
         return jax.device_put(x, jax.memory.Space.Host)
     # Outside jit Space.Host would also take the array off its mesh.
     return jax.device_put(x, x.sharding.with_memory_kind("pinned_host"))
 
 
 def _to_device(x: jax.Array) -> jax.Array:
-    if isinstance(x, jax.core.Tracer):
+    if isinstance(x, Tracer):
         return jax.device_put(x, jax.memory.Space.Device)
     return jax.device_put(x, x.sharding.with_memory_kind("device"))
 

@@ -144,14 +144,14 @@ class TrainSettings:
     def make_optimizer(self, steps: int) -> optax.GradientTransformation:
         """The chosen optimizer on that schedule."""
         rates, decay = self.learning_rates(steps), self.weight_decay
-        betas = {"b1": self.beta1, "b2": self.beta2}
+        b1, b2 = self.beta1, self.beta2
         optimizer: optax.GradientTransformation
         if self.optimizer == "adamw":
-            optimizer = optax.adamw(rates, **betas, weight_decay=decay)
+            optimizer = optax.adamw(rates, b1, b2, weight_decay=decay)
         elif self.optimizer == "adamw8bit":
-            optimizer = adamw8bit(rates, **betas, weight_decay=decay)
+            optimizer = adamw8bit(rates, b1, b2, weight_decay=decay)
         elif self.optimizer == "lion":
-            optimizer = optax.lion(rates, **betas, weight_decay=decay)
+            optimizer = optax.lion(rates, b1, b2, weight_decay=decay)
         else:
             # Not optax.adafactor: its steps are in proportion to the parameter, and B starts from
             # zero; its decay takes no notice of the learning rate.
