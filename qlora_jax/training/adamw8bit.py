@@ -72,7 +72,7 @@ def _scale_by_adam8bit(b1: float, b2: float, eps: float) -> optax.GradientTransf
         )
 
     def update(updates: Any, state: Any, params: Any = None) -> Any:
-        count = optax.safe_increment(state.count)
+        count = jnp.asarray(optax.safe_increment(state.count))
         correction1, correction2 = (1 - decay ** count.astype(jnp.float32) for decay in (b1, b2))
 
         def one(grad: jax.Array, mu: Any, nu: Any) -> tuple[jax.Array, Any, Any]:

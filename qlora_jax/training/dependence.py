@@ -49,15 +49,19 @@ def dependences(jaxpr: core.Jaxpr, inputs: Sequence[Dependence]) -> list[Depende
             rows = _rows(eqn, given)
             found = [
                 # A number that comes from no input is the same for all rows, however it is made.
-                Dependence(sources, Rows.SAME if not sources and not var.aval.shape else rows)
+                Dependence(sources, Rows.SAME if not sources and _is_number(var) else rows)
                 for var in eqn.outvars
             ]
         known |= dict(zip(eqn.outvars, found, strict=True))
     return [read(atom) for atom in jaxpr.outvars]
 
 
+def _is_number(atom: Any) -> bool:
+    return not atom.aval.shape
+
+
 def _constant(atom: Any) -> Dependence:
-    return Dependence(rows=Rows.MIXED if atom.aval.shape else Rows.SAME)
+    return Dependence(rows=Rows.SAME if _is_number(atom) else Rows.MIXED)
 
 
 CALLS = ("jit", "pjit", "closed_call", "custom_jvp_call", "custom_vjp_call", "remat2", "checkpoint")

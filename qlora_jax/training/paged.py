@@ -93,7 +93,7 @@ def paged(
             leaves = tree.flatten_up_to(new)
             return {number: leaves[number] for number in given}, by_path(after)
 
-        _, new_state = step({}, {})
+        new_state: _State = step({}, {})[1]
         for page in state.layout:
             numbers = page.parameters if isinstance(page, Whole) else (page.parameter,)
             given = {number: grads[number] for number in numbers}
