@@ -2,9 +2,9 @@
 
     python -m benchmarks.mesh COMPILERS [CASE ...]
 
-COMPILERS holds the folder `tpu`, as `make compile` installs it. For each case the whole LoRA step,
-one example a device, is compiled; printed are bytes per device and the collectives of the program:
-how many, and of which types, in the loops over layers and outside them.
+COMPILERS holds the folder `tpu`, as `make compile` installs it. For each case the whole LoRA step
+is compiled, two examples for each part of the batch; printed are bytes per device and the
+collectives of the program: how many, of which types, in the loops over layers and outside them.
 """
 
 import collections
@@ -130,7 +130,7 @@ def compile_step(config: LlamaConfig, topology: str, mesh: str, time: int, rank:
     devices = topologies.get_topology_desc(platform="tpu", topology_name=topology).devices
     layout = qj.Layout.of(qj.make_mesh(mesh, devices), config)
     step, (state, params, batch) = abstract.train_step(
-        config, batch=layout.row_parts, time=time, rank=rank, dtype=jnp.bfloat16
+        config, batch=2 * layout.row_parts, time=time, rank=rank, dtype=jnp.bfloat16
     )
     placed = layout.state(state), layout.params(params), layout.batch(batch)
     with qj.use_implementation("pallas_tpu"):

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
@@ -103,7 +104,7 @@ def put(x: Any, sharding: NamedSharding) -> Any:
     here = not isinstance(x, jax.Array) or x.is_fully_addressable
     if sharding.is_fully_addressable or not here:
         return jax.device_put(x, sharding)
-    if jax.dtypes.issubdtype(x.dtype, jax.dtypes.prng_key):
+    if jnp.issubdtype(x.dtype, jax.dtypes.prng_key):
         data = put(jax.random.key_data(x), sharding)
         return jax.random.wrap_key_data(data, impl=jax.random.key_impl(x))
     return jax.make_array_from_callback(x.shape, sharding, lambda index: np.asarray(x[index]))

@@ -10,6 +10,7 @@ import optax
 import pytest
 
 import qlora_jax as qj
+from benchmarks.mesh import collectives, moved_dense
 from qlora_jax.models import init_params, read_config
 from qlora_jax.parallel import Layout, make_mesh
 from qlora_jax.training.settings import TrainSettings
@@ -18,19 +19,22 @@ from tests.training import models
 
 pytestmark = pytest.mark.standard_promotion  # optax.adamw
 
-BATCH, TIME, STEPS = 8, 16, 3
+BATCH, TIME, STEPS = 8, 10, 3
 TARGETS = ("q_proj", "down_proj")
 
 
 @functools.cache
 def model() -> qj.Model:
-    """K and N of whole blocks for two devices along each axis; an untied head."""
+    """K and N of whole blocks for two devices along each axis; an untied head.
+
+    No weight has as many rows as a batch has tokens, so that the two can be told apart.
+    """
     config = read_config(
         {
             "model_type": "llama",
             "vocab_size": 96,
             "hidden_size": 128,
-            "intermediate_size": 256,
+            "intermediate_size": 384,
             "num_hidden_layers": 2,
             "num_attention_heads": 4,
             "num_key_value_heads": 2,
@@ -79,6 +83,8 @@ def losses_on(spec: str) -> tuple[list[float], Any, Any]:
         state, metrics = step(state, params, layout.batch(batch))
         losses.append(float(metrics["loss"]))
     assert jax.tree.map(lambda x: x.sharding, state) == shardings
+    program = step.lower(state, params, layout.batch(batch)).compile().as_text()
+    assert not moved_dense(collectives(program), params)
     return losses, params, state
 
 

@@ -18,8 +18,8 @@ ROOT = Path(__file__).resolve().parents[2]
 COMMAND = "from qlora_jax.cli import main; main()"
 
 
-def train(folder: Path, output: Path, processes: int, devices: int, *options: str) -> list[str]:
-    """`qlora-jax train` in so many processes of so many devices each -> what each one printed."""
+def train(folder: Path, output: Path, processes: int, *options: str) -> list[str]:
+    """`qlora-jax train` in so many processes, a device each -> what each one printed."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         address = f"127.0.0.1:{free.getsockname()[1]}"
@@ -30,7 +30,10 @@ def train(folder: Path, output: Path, processes: int, devices: int, *options: st
     ]
     running = []
     for number in range(processes):
-        env = os.environ | {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": str(devices)}
+        env = os.environ | {"JAX_PLATFORMS": "cpu"}
+        # Between processes the CPU's collectives have no order of their own: those of two steps
+        # under way at once can wait for each other.
+        env["JAX_CPU_ENABLE_ASYNC_DISPATCH"] = "false"
         env["PYTHONPATH"] = os.pathsep.join([str(ROOT), env.get("PYTHONPATH", "")])
         if processes > 1:
             env |= {distributed.ADDRESS: address, distributed.COUNT: str(processes)}
@@ -44,7 +47,11 @@ def train(folder: Path, output: Path, processes: int, devices: int, *options: st
                 text=True,
             )
         )
-    said = [process.communicate(timeout=300)[0] for process in running]
+    try:
+        said = [process.communicate(timeout=300)[0] for process in running]
+    finally:
+        for process in running:
+            process.kill()
     assert [process.returncode for process in running] == [0] * processes, "\n".join(said)
     return said
 
@@ -60,10 +67,10 @@ def test_losses_are_those_of_one_process(tmp_path: Path) -> None:
     write_checkpoint(tmp_path / "model", hidden=128, intermediate=256)
     rows = [{"prompt": f"say {i}", "completion": f"{i} and {i}"} for i in range(10)]
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    train(tmp_path, tmp_path / "one", 1, 1)
-    for processes, devices, mesh in ((2, 2, "fsdp=2,tensor=2"), (4, 1, "data=2,fsdp=2")):
+    train(tmp_path, tmp_path / "one", 1)
+    for processes, mesh in ((2, "fsdp=2"), (4, "fsdp=2,tensor=2")):
         output = tmp_path / str(processes)
-        said = train(tmp_path, output, processes, devices, "--mesh", mesh)
+        said = train(tmp_path, output, processes, "--mesh", mesh)
         np.testing.assert_allclose(losses(output), losses(tmp_path / "one"), atol=1e-5, rtol=0)
         assert "parameters trained" in said[0]
         assert not any("parameters trained" in other for other in said[1:])
