@@ -59,7 +59,17 @@ class Peer:
                 else:
                     self.functional.dequantize_4bit(packed, state)
 
-        return self.recorded(run)
+        # Quantizing copies its code book to the device at every call, which no graph can hold.
+        return self.recorded(run) if kernel == "dequantize" else self.synchronized(run)
+
+    def synchronized(self, run: Callable[[], None]) -> Callable[[], None]:
+        def plainly() -> None:
+            with self.torch.no_grad():
+                run()
+            if self.device != "cpu":
+                self.torch.cuda.synchronize()
+
+        return plainly
 
     def recorded(self, run: Callable[[], None]) -> Callable[[], None]:
         def on_cpu() -> None:
