@@ -104,15 +104,17 @@ def collectives(program: str) -> list[Collective]:
 def moved_dense(found: list[Collective], params: Any) -> list[Collective]:
     """Collectives that give a weight of the base as numbers, not as codes: there should be none.
 
-    A weight is known by its whole shape, or that of one of its layers; what has as many rows and
-    columns and is no weight is an activation of just these sizes, so that a caller should choose
-    others.
+    A weight is known by the shape of one of its layers, or of a device's part of it; what has as
+    many rows and columns and is no weight is an activation of just these sizes, so that a caller
+    should choose others. params: shapes or arrays with shardings.
     """
-    shapes = {
-        tuple(leaf.shape[-2:])
-        for leaf in jax.tree.leaves(params, is_leaf=lambda x: isinstance(x, qj.QuantizedArray))
-        if leaf.ndim > 1
-    }
+    shapes = set()
+    for leaf in jax.tree.leaves(params, is_leaf=lambda x: isinstance(x, qj.QuantizedArray)):
+        if leaf.ndim > 1:
+            four_bit = isinstance(leaf, qj.QuantizedArray)
+            stored = leaf.codes if four_bit else leaf
+            k, n = stored.sharding.shard_shape(stored.shape)[-2:]
+            shapes |= {tuple(leaf.shape[-2:]), (2 * k if four_bit else k, n)}
     return [
         one
         for one in found
@@ -178,7 +180,9 @@ if __name__ == "__main__":
         raise SystemExit(__doc__)
     print("| model and slice | mesh | base GiB | state GiB | temporaries | in all | compiled, s |")
     print("|---|---|---|---|---|---|---|", flush=True)
+    failed = 0
     for case in sys.argv[2:] or CASES:
         command = [sys.executable, "-m", "benchmarks.mesh", "--case", case]
         env = environment("tpu", Path(sys.argv[1]).resolve())
-        subprocess.run(command, env=env, check=True)
+        failed += subprocess.run(command, env=env, check=False).returncode != 0
+    raise SystemExit(failed)
