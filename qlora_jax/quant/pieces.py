@@ -30,8 +30,8 @@ def nf4_matmul(
     width = n // count
 
     def step(i: jax.Array, out: jax.Array) -> jax.Array:
-        cut = [jax.lax.dynamic_slice_in_dim(leaf, i * width, width, 1) for leaf in (codes, scales)]
-        part = reference.nf4_matmul(x, *cut, codebook, out_dtype=out_dtype, precision=precision)
+        c, s = (jax.lax.dynamic_slice_in_dim(leaf, i * width, width, 1) for leaf in (codes, scales))
+        part = reference.nf4_matmul(x, c, s, codebook, out_dtype=out_dtype, precision=precision)
         return jax.lax.dynamic_update_slice_in_dim(out, part, i * width, 1)
 
     return jax.lax.fori_loop(0, count, step, jnp.zeros((x.shape[0], n), out_dtype))
@@ -48,12 +48,10 @@ def nf4_matmul_transposed(
     rows = blocks // count
 
     def step(i: jax.Array, out: jax.Array) -> jax.Array:
-        cut = [
-            jax.lax.dynamic_slice_in_dim(leaf, i * size, size)
-            for leaf, size in ((codes, rows * half), (scales, rows))
-        ]
+        c = jax.lax.dynamic_slice_in_dim(codes, i * rows * half, rows * half)
+        s = jax.lax.dynamic_slice_in_dim(scales, i * rows, rows)
         part = reference.nf4_matmul_transposed(
-            g, *cut, codebook, out_dtype=out_dtype, precision=precision
+            g, c, s, codebook, out_dtype=out_dtype, precision=precision
         )
         return jax.lax.dynamic_update_slice_in_dim(out, part, i * part.shape[1], 1)
 
