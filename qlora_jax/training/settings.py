@@ -8,6 +8,7 @@ import optax
 
 from qlora_jax.data.lengths import check_shapes
 from qlora_jax.errors import QloraError
+from qlora_jax.models.attention import AttentionImplementation, use_attention
 from qlora_jax.models.remat import RematPolicy, check_remat
 from qlora_jax.training.adamw8bit import adamw8bit
 from qlora_jax.training.lora_plus import lora_plus
@@ -71,6 +72,9 @@ class TrainSettings:
     """What the backward pass keeps of each layer, the rest being computed again: all it needs, only
     what comes out of products (dots), of those only the narrow ones (names), only its input (full:
     least memory, a third more time), or the narrow ones in the host's memory (offload)."""
+    attention: AttentionImplementation | None = None
+    """Of decoders: xla, splash (TPU) or cudnn (NVIDIA GPUs, where it is far faster, but takes bf16
+    only); None: splash on a TPU, else xla."""
     memory: Literal["manual", "auto"] = "manual"
     """auto: choose `remat` and `paged` at the start, the fastest that fit the device by the formula
     of `qlora-jax plan`."""
@@ -114,6 +118,8 @@ class TrainSettings:
                 f"got {self.warmup}"
             )
         check_remat(self.remat)
+        with use_attention(self.attention):  # says what it does not know
+            pass
         if self.memory not in ("manual", "auto"):
             raise QloraError(f"memory must be manual or auto, got {self.memory!r}")
         check_shapes(self.packing, self.group_by_length, self.most_buckets)

@@ -16,6 +16,7 @@ from qlora_jax.checkpoints import peft
 from qlora_jax.checkpoints.any_model import AnyModel
 from qlora_jax.data import Batch, TokenizedDataset
 from qlora_jax.errors import missing
+from qlora_jax.models.attention import use_attention
 from qlora_jax.parallel import Layout, is_first, whole_here
 from qlora_jax.training.auto import fitting
 from qlora_jax.training.checkpoints import Checkpoint, RunCheckpoints, check_unused
@@ -164,6 +165,7 @@ def fit(
         checkpoints,
         MetricsFile(output / "metrics.jsonl", until=number, write=writes) as metrics,
         Progress(steps, number) if display and writes else Silence() as progress,
+        use_attention(settings.attention),
     ):
         if resume:
             progress.say(_standing(output, saved, steps))

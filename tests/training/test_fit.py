@@ -177,3 +177,11 @@ def test_steps_and_schedules():
         values = [float(np.asarray(rates(i))) for i in range(10)]
         np.testing.assert_allclose(values[:5], [0.25, 0.5, 0.75, 1.0, 1.0], rtol=1e-6)
         assert values[-1] == pytest.approx(last, abs=1e-3), name
+
+
+def test_an_attention_that_is_not_here(tmp_path):
+    with pytest.raises(qj.QloraError, match="attention 'flash': expected one of xla, splash, cudnn"):
+        TrainSettings(attention="flash")
+    with pytest.raises(qj.QloraError, match="cudnn"):
+        fit(tmp_path / "out", settings={"attention": "cudnn"})
+    fit(tmp_path / "xla", settings={"steps": 1, "attention": "xla"})
