@@ -13,7 +13,10 @@ import time
 from typing import Any
 
 import jax
-from jax.sharding import Sharding, SingleDeviceSharding
+import numpy as np
+from jax._src import compiler
+from jax.sharding import NamedSharding, PartitionSpec, Sharding, SingleDeviceSharding
+from jaxlib import xla_client
 
 from qlora_jax.errors import QloraError, reason
 from qlora_jax.parallel import Layout, make_mesh
@@ -44,7 +47,7 @@ def compile_step(workload: Workload, device: Device) -> dict[str, Any]:
     for implementation in implementations(device):
         try:
             with use_implementation(implementation):
-                lowered = step.step.lower(*step.arguments)
+                lowered = lower(step, device)
         except QloraError as error:
             if "cannot be used" not in str(error):
                 raise
@@ -58,7 +61,7 @@ def compile_step(workload: Workload, device: Device) -> dict[str, Any]:
         "estimate": dataclasses.asdict(estimated),
     }
     try:
-        memory = lowered.compile(_FAST[device.compiler]).memory_analysis()
+        memory = compile_lowered(lowered, device)
     except jax.errors.JaxRuntimeError as error:
         if not str(error).startswith(EXHAUSTED):
             raise
@@ -76,8 +79,38 @@ def compile_step(workload: Workload, device: Device) -> dict[str, Any]:
     }
 
 
+def lower(step: abstract.AbstractStep, device: Device) -> Any:
+    """The step's program, of a GPU by its rules: see `placement`."""
+    if device.compiler != "gpu":
+        return step.step.lower(*step.arguments)
+    return step.step.trace(*step.arguments).lower(lowering_platforms=("cuda",))
+
+
+def compile_lowered(lowered: Any, device: Device) -> Any:
+    """What the device's compiler says of the program's memory."""
+    if device.compiler != "gpu":
+        return lowered.compile(_FAST[device.compiler]).memory_analysis()
+    (gpu,) = device.devices()
+    options = compiler.get_compile_options(
+        num_replicas=1,
+        num_partitions=1,
+        device_assignment=np.array([[0]]),
+        env_options_overrides=_FAST["gpu"],
+        backend=gpu.client,
+    )
+    program = gpu.client.compile(lowered.compiler_ir(), xla_client.DeviceList((gpu,)), options)
+    return program.get_compiled_memory_stats()
+
+
 def placement(workload: Workload, device: Device) -> Sharding | Layout:
-    """Where the step lies on the device, or on a mesh over its chips."""
+    """Where the step lies on the device, or on a mesh over its chips.
+
+    A GPU that is not there has no memories to name, so that nothing could be said to lie in the
+    host's: for it the step is lowered on a CPU, which has, and given to its compiler.
+    """
+    if device.compiler == "gpu":
+        mesh = jax.sharding.Mesh(np.array(jax.devices("cpu")[:1]), ("x",))
+        return NamedSharding(mesh, PartitionSpec())
     devices = device.devices()
     if len(devices) == 1:
         return SingleDeviceSharding(devices[0])

@@ -180,7 +180,9 @@ def test_steps_and_schedules():
 
 
 def test_an_attention_that_is_not_here(tmp_path):
-    with pytest.raises(qj.QloraError, match="attention 'flash': expected one of xla, splash, cudnn"):
+    with pytest.raises(
+        qj.QloraError, match="attention 'flash': expected one of xla, splash, cudnn"
+    ):
         TrainSettings(attention="flash")
     with pytest.raises(qj.QloraError, match="cudnn"):
         fit(tmp_path / "out", settings={"attention": "cudnn"})
