@@ -19,13 +19,12 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax._src import compiler
-from jaxlib import xla_client
 
 import qlora_jax as qj
 from benchmarks import abstract
 from qlora_jax import models
 from qlora_jax.plan.compilers import environment
+from qlora_jax.plan.worker import compile_lowered, lower
 from qlora_jax.training.paged import PAGE_BYTES, host_shardings
 from qlora_jax.training.settings import TrainSettings
 from tests.compile.targets import TARGETS
@@ -53,20 +52,8 @@ def compiled(target: Any, step: Any, arguments: Any, place: Callable[[Any], Any]
     placed = jax.tree.map(
         lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), arguments, shardings
     )
-    if not gpu:
-        program = step.lower(*placed).compile()
-        return program.memory_analysis(), program.as_text()
-    lowered = step.trace(*placed).lower(lowering_platforms=("cuda",))
-    options = compiler.get_compile_options(
-        num_replicas=1,
-        num_partitions=1,
-        device_assignment=np.array([[0]]),
-        backend=device.client,
-    )
-    program = device.client.compile(
-        lowered.compiler_ir(), xla_client.DeviceList((device,)), options
-    )
-    return program.get_compiled_memory_stats(), program.hlo_modules()[0].to_string()
+    memory, text = compile_lowered(lower(step, placed, target), target)
+    return memory, text()
 
 
 def main(target: str, hidden: int, layers: int, rank: int) -> None:

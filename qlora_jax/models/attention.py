@@ -100,8 +100,7 @@ KERNELS = {
         attention_splash.unsupported,
         by_default=True,
     ),
-    # By name until a GPU has run it: XLA compiles it without a device, but cuDNN itself decides
-    # only there which of these attentions it has.
+    # By name: which of these attentions it has, cuDNN itself decides, and only on the device.
     "cudnn": Kernel(
         attention_cudnn.attend,
         "cuda",

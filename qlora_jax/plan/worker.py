@@ -10,6 +10,7 @@ import json
 import os
 import sys
 import time
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -47,7 +48,7 @@ def compile_step(workload: Workload, device: Device) -> dict[str, Any]:
     for implementation in implementations(device):
         try:
             with use_implementation(implementation):
-                lowered = lower(step, device)
+                lowered = lower(step.step, step.arguments, device)
         except QloraError as error:
             if "cannot be used" not in str(error):
                 raise
@@ -61,7 +62,7 @@ def compile_step(workload: Workload, device: Device) -> dict[str, Any]:
         "estimate": dataclasses.asdict(estimated),
     }
     try:
-        memory = compile_lowered(lowered, device)
+        memory, _ = compile_lowered(lowered, device, _FAST[device.compiler])
     except jax.errors.JaxRuntimeError as error:
         if not str(error).startswith(EXHAUSTED):
             raise
@@ -79,27 +80,30 @@ def compile_step(workload: Workload, device: Device) -> dict[str, Any]:
     }
 
 
-def lower(step: abstract.AbstractStep, device: Device) -> Any:
-    """The step's program, of a GPU by its rules: see `placement`."""
+def lower(step: Any, arguments: Any, device: Device) -> Any:
+    """The program of a jitted step, of a GPU by its rules: see `placement`."""
     if device.compiler != "gpu":
-        return step.step.lower(*step.arguments)
-    return step.step.trace(*step.arguments).lower(lowering_platforms=("cuda",))
+        return step.lower(*arguments)
+    return step.trace(*arguments).lower(lowering_platforms=("cuda",))
 
 
-def compile_lowered(lowered: Any, device: Device) -> Any:
-    """What the device's compiler says of the program's memory."""
+def compile_lowered(
+    lowered: Any, device: Device, options: Any = None
+) -> tuple[Any, Callable[[], str]]:
+    """(what the device's compiler says of the program's memory, what gives its text)."""
     if device.compiler != "gpu":
-        return lowered.compile(_FAST[device.compiler]).memory_analysis()
+        program = lowered.compile(options)
+        return program.memory_analysis(), program.as_text
     (gpu,) = device.devices()
-    options = compiler.get_compile_options(
+    how = compiler.get_compile_options(
         num_replicas=1,
         num_partitions=1,
         device_assignment=np.array([[0]]),
-        env_options_overrides=_FAST["gpu"],
+        env_options_overrides=options,
         backend=gpu.client,
     )
-    program = gpu.client.compile(lowered.compiler_ir(), xla_client.DeviceList((gpu,)), options)
-    return program.get_compiled_memory_stats()
+    program = gpu.client.compile(lowered.compiler_ir(), xla_client.DeviceList((gpu,)), how)
+    return program.get_compiled_memory_stats(), lambda: program.hlo_modules()[0].to_string()
 
 
 def placement(workload: Workload, device: Device) -> Sharding | Layout:

@@ -40,10 +40,10 @@ def paged(
     """`optimizer` with its state in pinned host memory; the arithmetic is the same.
 
     During an update the state visits the device in pages, each of at most `page_bytes` together
-    with the updates made from it: the next page arrives while one is updated, and no more than two
-    are there at a time. Pages are rows of a parameter (some of its stacked layers). Where the
-    optimizer looks at a parameter as a whole (Adafactor), it is a page of its own, and when it
-    comes is up to XLA.
+    with the updates made from it. No more than two are there at a time on a TPU; a GPU's compiler
+    adds copies of a gradient or two. Pages are rows of a parameter (some of its stacked layers).
+    Where the optimizer looks at a parameter as a whole (Adafactor), it is a page of its own, and
+    when it comes is up to XLA.
 
     For any optimizer that treats each parameter apart: AdamW, Lion, Adafactor, their schedules,
     masks, `lora_plus`. `init` raises QloraError for others, such as one that clips by the global

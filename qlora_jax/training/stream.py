@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from qlora_jax.data import Batch, BatchSource, TokenizedDataset
-from qlora_jax.errors import QloraError, missing
+from qlora_jax.errors import missing
 from qlora_jax.training.settings import TrainSettings
 
 AHEAD = 8
@@ -17,32 +17,17 @@ AHEAD = 8
 class StepBatches:
     """What each step of a run trains on: a pure function of the data, the settings and the step.
 
-    process_index and process_count: of several processes each gets its part of the rows of every
-    micro-batch, process 0 the first. steps: how many the run takes. waited: seconds that the step's
-    batch was waited for, which is all the time that input costs. Raises QloraError as
-    `BatchSource`, and for a batch that so many processes cannot share.
+    steps: how many the run takes. waited: seconds that the step's batch was waited for, which is
+    all the time that input costs. Raises QloraError as `BatchSource`.
     """
 
-    def __init__(
-        self,
-        train: TokenizedDataset,
-        settings: TrainSettings,
-        *,
-        process_index: int = 0,
-        process_count: int = 1,
-    ) -> None:
+    def __init__(self, train: TokenizedDataset, settings: TrainSettings) -> None:
         try:
             import grain
         except ModuleNotFoundError as error:
             raise missing("grain", "making batches ahead", "cli") from error
         self._grain, self._train = grain, train
-        if settings.batch_size % process_count:
-            raise QloraError(
-                f"batch_size {settings.batch_size} cannot be shared by {process_count} processes"
-            )
         self._micro = (settings.accumulate, settings.batch_size)
-        mine = settings.batch_size // process_count
-        self._mine = slice(process_index * mine, (process_index + 1) * mine)
         self._source = BatchSource(
             train,
             settings.batch_size * settings.accumulate,
@@ -69,7 +54,7 @@ class StepBatches:
         batch: Any = {}
         for name, array in self._source[index].items():
             array = np.asarray(array)
-            array = array.reshape(*self._micro, *array.shape[1:])[:, self._mine]
+            array = array.reshape(*self._micro, *array.shape[1:])
             batch[name] = array[0] if self._micro[0] == 1 else array
         return batch
 

@@ -85,19 +85,6 @@ def test_the_stream_goes_on_anywhere(packing):
     assert list(again.start(batches.steps)) == []
 
 
-def test_processes_share_every_micro_batch():
-    settings = TrainSettings(steps=2, batch_size=4, accumulate=2, packing=True)
-    whole = StepBatches(models.dataset(), settings)[1]
-    parts = [
-        StepBatches(models.dataset(), settings, process_index=i, process_count=2)[1]
-        for i in range(2)
-    ]
-    for name, array in whole.items():
-        np.testing.assert_array_equal(np.concatenate([p[name] for p in parts], axis=1), array)
-    with pytest.raises(qj.QloraError, match="batch_size 4 cannot be shared by 3 processes"):
-        StepBatches(models.dataset(), settings, process_count=3)
-
-
 def test_at_most_three_shapes():
     settings = TrainSettings(epochs=2.0, batch_size=1, group_by_length=True)
     data = models.dataset(40)
