@@ -34,8 +34,11 @@ class _How(NamedTuple):
 
 def unavailable() -> str | None:
     """Why the kernels do not run on this machine; None where they do."""
-    tpu = any(device.platform == "tpu" for device in jax.local_devices())
-    return None if tpu else "this process has no TPU"
+    if all(device.platform != "tpu" for device in jax.local_devices()):
+        return "this process has no TPU"
+    if jax.device_count() > 1:  # a program over them all would not compile
+        return "libtpu knows no custom_partitioning, which splits the kernels over several devices"
+    return None
 
 
 def unsupported(q: jax.Array, k: jax.Array, mask: Mask, softcap: float | None) -> str | None:

@@ -1,6 +1,7 @@
 """Attention: XLA's in blocks, the kernels beside it, and which of them is taken."""
 
 import functools
+import types
 
 import jax
 import jax.numpy as jnp
@@ -171,3 +172,12 @@ def test_a_cache_is_attended_to_by_xla():
     q, k, v, _ = inputs(256)
     with use_attention("splash"):
         attention.attend(q[:, :1], k, v, Mask(start=jnp.array(200)))
+
+
+def test_splash_is_not_chosen_over_several_tpus(monkeypatch):
+    """Their compiler could not split it."""
+    monkeypatch.setattr(jax, "local_devices", lambda: [types.SimpleNamespace(platform="tpu")])
+    monkeypatch.setattr(jax, "device_count", lambda: 1)
+    assert attention_splash.unavailable() is None
+    monkeypatch.setattr(jax, "device_count", lambda: 4)
+    assert "several devices" in attention_splash.unavailable()
