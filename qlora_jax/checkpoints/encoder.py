@@ -14,6 +14,7 @@ from qlora_jax.models.classification import classification_loss
 from qlora_jax.models.encoder_config import CLASSIFICATION, HEADS, EncoderConfig
 from qlora_jax.models.loss import token_loss
 from qlora_jax.models.remat import Remat
+from qlora_jax.quant.policy import batch_parts
 
 _INPUTS = ("attention_mask", "segment_ids", "token_type_ids", "positions")
 
@@ -115,7 +116,7 @@ class EncoderModel:
         def head(head_params: Any, rows: jax.Array) -> jax.Array:
             return self.head({**layers, **head_params}, rows)
 
-        return token_loss(head, rest, hidden, batch["labels"])
+        return token_loss(head, rest, hidden, batch["labels"], parts=batch_parts(params))
 
     def _check_head(self, segment_ids: jax.Array | None) -> None:
         if self.config.head is None:

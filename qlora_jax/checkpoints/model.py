@@ -11,6 +11,7 @@ from qlora_jax.lift import lift
 from qlora_jax.models import Cache, DecoderConfig, apply_head, apply_hidden
 from qlora_jax.models.loss import causal_lm_loss
 from qlora_jax.models.remat import Remat
+from qlora_jax.quant.policy import batch_parts
 
 Batch = dict[str, Any]
 
@@ -129,7 +130,9 @@ class Model:
         def head(head_params: Any, rows: jax.Array) -> jax.Array:
             return self.head({**rest, own: head_params}, rows)
 
-        total, tokens = causal_lm_loss(head, params[own], hidden, batch["labels"])
+        total, tokens = causal_lm_loss(
+            head, params[own], hidden, batch["labels"], parts=batch_parts(params)
+        )
         return total if extra is None else total + extra * tokens, tokens
 
     def new_cache(self, batch: int, length: int) -> Cache:

@@ -13,6 +13,7 @@ from qlora_jax.lift import lift
 from qlora_jax.models import EncoderDecoderCache, T5Config, bind
 from qlora_jax.models.loss import IGNORE, token_loss
 from qlora_jax.models.remat import Remat
+from qlora_jax.quant.policy import batch_parts
 
 
 @dataclasses.dataclass(frozen=True, repr=False)
@@ -136,7 +137,7 @@ class Seq2SeqModel:
         def head(head_params: Any, rows: jax.Array) -> jax.Array:
             return self.head({**rest, own: head_params}, rows)
 
-        return token_loss(head, params[own], hidden, batch["labels"])
+        return token_loss(head, params[own], hidden, batch["labels"], parts=batch_parts(params))
 
     @property
     def context(self) -> int | None:

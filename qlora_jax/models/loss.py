@@ -13,12 +13,20 @@ IGNORE = -100
 
 CHUNK = 256
 """Rows of logits that exist at a time: enough to keep a matrix unit busy, at V = 128k 128 MiB."""
+TRAVELLING = 2**14
+"""The most rows of hidden states, of all devices, that come together at the head at a time."""
 
 Head = Callable[[Any, jax.Array], jax.Array]
 
 
 def causal_lm_loss(
-    head: Head, head_params: Any, hidden: jax.Array, labels: jax.Array, *, chunk: int = CHUNK
+    head: Head,
+    head_params: Any,
+    hidden: jax.Array,
+    labels: jax.Array,
+    *,
+    chunk: int = CHUNK,
+    parts: int = 1,
 ) -> tuple[jax.Array, jax.Array]:
     """As `token_loss`, where position t of hidden [B, T, D] predicts labels[:, t + 1].
 
@@ -30,11 +38,18 @@ def causal_lm_loss(
         raise QloraError(
             f"labels {labels.shape} have nothing to predict: a sequence needs at least two tokens"
         )
-    return token_loss(head, head_params, hidden[:, :-1], labels[:, 1:], chunk=chunk)
+    hidden, labels = hidden[:, :-1], labels[:, 1:]
+    return token_loss(head, head_params, hidden, labels, chunk=chunk, parts=parts)
 
 
 def token_loss(
-    head: Head, head_params: Any, hidden: jax.Array, labels: jax.Array, *, chunk: int = CHUNK
+    head: Head,
+    head_params: Any,
+    hidden: jax.Array,
+    labels: jax.Array,
+    *,
+    chunk: int = CHUNK,
+    parts: int = 1,
 ) -> tuple[jax.Array, jax.Array]:
     """Sum of the losses of all labelled tokens, and how many there are: two fp32 scalars.
 
@@ -42,6 +57,7 @@ def token_loss(
     head_params  pytree; a gradient is computed for those leaves only that are differentiated
     hidden       [B, T, D]; position t predicts labels[:, t]
     labels       [B, T] int; IGNORE where there is nothing to learn
+    parts        into how many parts B is split over a mesh, each of which is gone through apart
 
     Only labelled positions are multiplied by the head: they are brought to the front, and as many
     chunks are computed as they fill. The gradient is taken chunk by chunk in the forward pass, so
@@ -49,17 +65,22 @@ def token_loss(
     labels of another shape.
     """
     _check(hidden, labels)
-    rows = hidden.reshape(-1, hidden.shape[-1])
-    targets = labels.reshape(-1)
+    parts = parts if hidden.shape[0] % parts == 0 else 1
+    rows = hidden.reshape(parts, -1, hidden.shape[-1])
+    targets = labels.reshape(parts, -1)
+    chunk = min(chunk, max(TRAVELLING // parts, 1), targets.shape[1])
     counted = targets != IGNORE
-    order = jnp.argsort(~counted, stable=True)
-    order = jnp.pad(order, (0, -len(order) % chunk), mode="edge")
-    count = jnp.sum(counted, dtype=jnp.int32)
-    rows = rows.at[order].get(mode="promise_in_bounds")
-    targets = jnp.where(counted, targets, 0).at[order].get(mode="promise_in_bounds")
-    return _sum_over_chunks(head, head_params, rows, targets, count, chunk), count.astype(
-        jnp.float32
-    )
+    order = jnp.argsort(~counted, axis=1, stable=True)
+    order = jnp.pad(order, ((0, 0), (0, -order.shape[1] % chunk)), mode="edge")
+    counts = jnp.sum(counted, axis=1, dtype=jnp.int32)
+    rows, targets = _taken(rows, order), _taken(jnp.where(counted, targets, 0), order)
+    total = _sum_over_chunks(head, head_params, rows, targets, counts, chunk)
+    return total, jnp.sum(counts).astype(jnp.float32)
+
+
+@jax.vmap
+def _taken(x: jax.Array, order: jax.Array) -> jax.Array:
+    return x.at[order].get(mode="promise_in_bounds")
 
 
 def _check(hidden: jax.Array, labels: jax.Array) -> None:
@@ -71,16 +92,19 @@ def _check(hidden: jax.Array, labels: jax.Array) -> None:
 
 
 def _sum_over_chunks(
-    head: Head, params: Any, rows: jax.Array, targets: jax.Array, count: jax.Array, chunk: int
+    head: Head, params: Any, rows: jax.Array, targets: jax.Array, counts: jax.Array, chunk: int
 ) -> jax.Array:
-    """rows [M, D], targets [M], the first `count` of which matter; M a multiple of `chunk`."""
-    chunks = (count + chunk - 1) // chunk
+    """rows [P, M, D] and targets [P, M], of which the first counts[p] of part p matter.
+
+    `chunk` rows of every part at a time, so that each device brings its own; it divides M.
+    """
+    chunks = (jnp.max(counts) + chunk - 1) // chunk
 
     def chunk_at(i: jax.Array, rows: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
         start = i * chunk
-        live = start + jnp.arange(chunk) < count
-        cut = [jax.lax.dynamic_slice_in_dim(x, start, chunk) for x in (rows, targets)]
-        return cut[0], cut[1], live
+        live = start + jnp.arange(chunk) < counts[:, None]
+        cut = [jax.lax.dynamic_slice_in_dim(x, start, chunk, axis=1) for x in (rows, targets)]
+        return cut[0].reshape(-1, rows.shape[-1]), cut[1].reshape(-1), live.reshape(-1)
 
     @jax.custom_vjp
     def total(params: Any, rows: jax.Array) -> jax.Array:
@@ -112,7 +136,9 @@ def _sum_over_chunks(
             return (
                 total + jnp.sum(jnp.where(live, losses, 0.0)),
                 [a + b.astype(jnp.float32) for a, b in zip(d_params, d_learned, strict=True)],
-                jax.lax.dynamic_update_slice_in_dim(d_rows, d_h, i * chunk, 0),
+                jax.lax.dynamic_update_slice_in_dim(
+                    d_rows, d_h.reshape(len(counts), chunk, -1), i * chunk, axis=1
+                ),
             )
 
         start = (

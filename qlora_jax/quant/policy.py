@@ -77,3 +77,12 @@ def dequantize_tree(params: Any) -> Any:
     return jax.tree.map(
         lambda x: x.dequantize() if is_quantized(x) else x, params, is_leaf=is_quantized
     )
+
+
+def batch_parts(params: Any) -> int:
+    """Into how many parts the examples of a batch are split over devices, as a quantized leaf of
+    `params` knows it; 1 without a mesh."""
+    for leaf in jax.tree.leaves(params, is_leaf=is_quantized):
+        if is_quantized(leaf) and leaf.placement is not None:
+            return leaf.placement.count(leaf.placement.rows)
+    return 1

@@ -39,13 +39,14 @@ def whole(table, hidden, labels):
 reference = jax.jit(jax.value_and_grad(whole, (0, 1)))
 
 
-@pytest.mark.parametrize("chunk", [1, 4, 256])
+@pytest.mark.parametrize(("chunk", "parts"), [(1, 1), (4, 1), (256, 1), (4, 3), (4, 2)])
 @pytest.mark.parametrize("ignored", [0.0, 0.6, 1.0])
-def test_value_and_gradients(chunk, ignored):
+def test_value_and_gradients(chunk, parts, ignored):
+    """parts: of examples on several devices, each with as many labels as it happens to have."""
     table, hidden, labels = problem(ignored)
 
     def ours(table, hidden):
-        total, count = causal_lm_loss(head, table, hidden, labels, chunk=chunk)
+        total, count = causal_lm_loss(head, table, hidden, labels, chunk=chunk, parts=parts)
         return 2 * total, count
 
     (total, count), grads = jax.jit(jax.value_and_grad(ours, (0, 1), has_aux=True))(table, hidden)
