@@ -56,33 +56,38 @@ def compiled(target: Any, step: Any, arguments: Any, place: Callable[[Any], Any]
     return memory, text()
 
 
-def main(target: str, hidden: int, layers: int, rank: int) -> None:
-    """Prints a row of the table for each optimizer."""
-    config = abstract.config(layers, hidden)
-    params = qj.quantize_tree(models.abstract_params(config), qj.NF4())
+def measure(
+    target: str, case: TrainSettings, *, hidden: int, layers: int, rank: int
+) -> tuple[int, int, int, str]:
+    """Of a compiled update: bytes of state on the device, on the host, of temporaries; its text."""
+    params = qj.quantize_tree(models.abstract_params(abstract.config(layers, hidden)), qj.NF4())
     adapters = jax.eval_shape(
         lambda key: qj.lora.init(key, params, qj.LoraConfig(rank=rank)), jax.random.key(0)
     )
+    optimizer = case.make_optimizer(1000)
+    state = jax.eval_shape(optimizer.init, adapters)
+
+    def place(sharding: Any) -> Any:
+        here = jax.tree.map(lambda _: sharding, adapters)
+        return here, host_shardings(state, sharding), here
+
+    # Gradients become the updates, state is replaced: both are donated.
+    step = jax.jit(optimizer.update, donate_argnums=(0, 1), keep_unused=True)
+    memory, program = compiled(TARGETS[target], step, (adapters, state, adapters), place)
+    weights = 2 * sum(x.size * 4 for x in jax.tree.leaves(adapters))
+    on_device = memory.argument_size_in_bytes - weights
+    return on_device, memory.host_argument_size_in_bytes, memory.temp_size_in_bytes, program
+
+
+def main(target: str, hidden: int, layers: int, rank: int) -> None:
+    """Prints a row of the table for each optimizer."""
     for case in CASES:
-        optimizer = case.make_optimizer(1000)
-        state = jax.eval_shape(optimizer.init, adapters)
-
-        def place(sharding: Any, state: Any = state) -> Any:
-            here = jax.tree.map(lambda _: sharding, adapters)
-            return here, host_shardings(state, sharding), here
-
         began = time.perf_counter()
-        # Gradients become the updates, state is replaced: both are donated.
-        step = jax.jit(optimizer.update, donate_argnums=(0, 1), keep_unused=True)
-        memory, program = compiled(TARGETS[target], step, (adapters, state, adapters), place)
+        *sizes, program = measure(target, case, hidden=hidden, layers=layers, rank=rank)
         seconds = time.perf_counter() - began
-        weights = 2 * sum(x.size * 4 for x in jax.tree.leaves(adapters))
-        device = memory.argument_size_in_bytes - weights
-        host = memory.host_argument_size_in_bytes
-        temporary = memory.temp_size_in_bytes
         name = case.optimizer + (", paged" if case.paged else "")
         print(
-            f"| {target} | {name} | {device / MIB:.1f} | {host / MIB:.1f} | {temporary / MIB:.1f} "
+            f"| {target} | {name} | {' | '.join(f'{size / MIB:.1f}' for size in sizes)} "
             f"| {len(START.findall(program))} | {seconds:.1f} |",
             flush=True,
         )

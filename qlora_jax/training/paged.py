@@ -40,10 +40,9 @@ def paged(
     """`optimizer` with its state in pinned host memory; the arithmetic is the same.
 
     During an update the state visits the device in pages, each of at most `page_bytes` together
-    with the updates made from it. No more than two are there at a time on a TPU; a GPU's compiler
-    adds copies of a gradient or two. Pages are rows of a parameter (some of its stacked layers).
-    Where the optimizer looks at a parameter as a whole (Adafactor), it is a page of its own, and
-    when it comes is up to XLA.
+    with the updates made from it, and no more than two are there at a time. Pages are rows of a
+    parameter (some of its stacked layers). Where the optimizer looks at a parameter as a whole
+    (Adafactor), it is a page of its own, however large.
 
     For any optimizer that treats each parameter apart: AdamW, Lion, Adafactor, their schedules,
     masks, `lora_plus`. `init` raises QloraError for others, such as one that clips by the global
@@ -94,16 +93,16 @@ def paged(
             return {number: leaves[number] for number in given}, by_path(after)
 
         new_state: _State = step({}, {})[1]
+        zero = jnp.zeros((), jnp.int32)
         for page in state.layout:
             numbers = page.parameters if isinstance(page, Whole) else (page.parameter,)
             given = {number: grads[number] for number in numbers}
             paths = by_path(jax.eval_shape(optimizer.init, some(tree, given))).keys()
             own = {path: old[path] for path in paths if path not in shared}
             if isinstance(page, Whole):
-                arrived = {path: _to_device(x) for path, x in own.items()}
-                new, inner = step(given, arrived)
+                zero, new, inner = _at_once(step, given, own, zero)
             else:
-                new, inner = _in_pages(step, given, own, page.rows)
+                zero, new, inner = _in_pages(step, given, own, zero, page.rows)
             for number in numbers:
                 grads[number] = new[number]
             new_state |= {path: inner[path] for path in own}
@@ -120,14 +119,37 @@ _Leaves = dict[int, jax.Array]
 """Number of a parameter -> its gradient or update."""
 
 
-def _in_pages(step: Any, given: _Leaves, own: _State, rows: int) -> tuple[_Leaves, _State]:
+# Each page's loop takes a zero and gives one, so that they run one after the other: XLA might begin
+# those of all parameters at once, and have room for all of them.
+
+
+def _at_once(
+    step: Any, given: _Leaves, own: _State, zero: jax.Array
+) -> tuple[jax.Array, _Leaves, _State]:
+    """`step` for whole parameters, whose state is in host memory."""
+    paths = list(own)
+
+    def once(_: Any, carry: Any) -> Any:
+        zero, given, own = carry
+        new, inner = step(given, dict(zip(paths, map(_to_device, own), strict=True)))
+        zero, new = jax.lax.optimization_barrier((zero, new))
+        return zero, new, [_to_host(inner[path]) for path in paths]
+
+    carry = (zero, given, list(own.values()))
+    zero, new, state = jax.lax.fori_loop(zero, zero + 1, once, carry)
+    return zero, new, dict(zip(paths, state, strict=True))
+
+
+def _in_pages(
+    step: Any, given: _Leaves, own: _State, zero: jax.Array, rows: int
+) -> tuple[jax.Array, _Leaves, _State]:
     """`step` for one parameter, whose state is in host memory, so many rows at a time."""
     ((number, gradient),) = given.items()
     count, paths = gradient.shape[0] // rows, list(own)
 
     def turn(carry: Any, i: jax.Array) -> Any:
         """Page i arrives, page i - 1 is updated and leaves."""
-        gradient, state, page = carry
+        zero, gradient, state, page = carry
         arriving = [_to_device(_rows(x, jnp.minimum(i, count - 1) * rows, rows)) for x in state]
         start = jnp.maximum(i - 1, 0) * rows
         old = _rows(gradient, start, rows)
@@ -137,7 +159,9 @@ def _in_pages(step: Any, given: _Leaves, own: _State, rows: int) -> tuple[_Leave
         leaving = [inner[path] for path in paths]
         # Nothing is written before the next page is read: else XLA would copy all state, so that
         # the one does not disturb the other.
-        update, leaving, arriving = jax.lax.optimization_barrier((new[number], leaving, arriving))
+        zero, update, leaving, arriving = jax.lax.optimization_barrier(
+            (zero, new[number], leaving, arriving)
+        )
         if update.dtype != old.dtype:
             raise QloraError(
                 f"an update of {update.dtype} was made from a gradient of {old.dtype}; cast "
@@ -151,13 +175,13 @@ def _in_pages(step: Any, given: _Leaves, own: _State, rows: int) -> tuple[_Leave
             jax.lax.dynamic_update_slice_in_dim(x, _to_host(y), start, 0)
             for x, y in zip(state, leaving, strict=True)
         ]
-        return (gradient, state, arriving), None
+        return (zero, gradient, state, arriving), None
 
     state = list(own.values())
-    nothing = [jnp.zeros_like(_to_device(x[:rows])) for x in state]
-    carry = (gradient, state, nothing)
-    (gradient, state, _), _ = jax.lax.scan(turn, carry, jnp.arange(count + 1))
-    return {number: gradient}, dict(zip(paths, state, strict=True))
+    nothing = [jnp.broadcast_to(zero.astype(x.dtype), (rows, *x.shape[1:])) for x in state]
+    carry = (zero, gradient, state, nothing)
+    (zero, gradient, state, _), _ = jax.lax.scan(turn, carry, jnp.arange(count + 1))
+    return zero, {number: gradient}, dict(zip(paths, state, strict=True))
 
 
 def _rows(x: jax.Array, start: Any, rows: int) -> jax.Array:

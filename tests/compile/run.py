@@ -2,8 +2,8 @@
 
     python -m tests.compile.run COMPILERS [PROGRAM]
 
-PROGRAM: only this one of train_step, attention, tpu_kernels, gpu_kernels, plan, memory
-and mesh. COMPILERS holds the folders `tpu` (libtpu), `gpu` (JAX's CUDA plugin, ptxas) and `cuda`
+PROGRAM: only this one of train_step, attention, tpu_kernels, gpu_kernels, plan, memory, mesh
+and paged. COMPILERS holds the folders `tpu` (libtpu), `gpu` (JAX's CUDA plugin, ptxas) and `cuda`
 (qlora-jax-cuda) as `make compile` installs them. A process each, because what a target cannot
 compile may abort the process.
 """
@@ -17,9 +17,10 @@ from qlora_jax.plan.compilers import environment
 from tests.compile.targets import TARGETS
 
 PROGRAMS = {
-    "tpu": ("train_step", "attention", "tpu_kernels", "mesh"),
-    "gpu": ("train_step", "attention", "gpu_kernels", "plan", "memory"),
+    "tpu": ("train_step", "attention", "tpu_kernels", "mesh", "paged"),
+    "gpu": ("train_step", "attention", "gpu_kernels", "plan", "memory", "paged"),
 }
+TPUS = [name for name, target in TARGETS.items() if target.compiler == "tpu"]
 SKIPPED = (
     ("train_step", "TPU v4"),  # without a device, a step is compiled with kernels of v5 and later
     ("attention", "TPU v7x"),  # it compiles, but its compiler cannot print the program to be read
@@ -27,7 +28,8 @@ SKIPPED = (
     ("gpu_kernels", "RTX A6000"),  # they are Hopper's
     ("plan", "H200"),  # one is enough
     ("memory", "H200"),  # it has three times as much
-    *(("mesh", name) for name in TARGETS if name != "TPU v5e"),  # it is the same for all of them
+    # These are the same for all TPUs.
+    *((program, name) for program in ("mesh", "paged") for name in TPUS if name != "TPU v5e"),
 )
 
 PARALLEL = 2  # a compilation takes about one core
