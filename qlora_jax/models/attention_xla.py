@@ -6,6 +6,7 @@ from collections.abc import Iterator
 import jax
 import jax.numpy as jnp
 
+from qlora_jax.models.dot_product import dot_product_attention
 from qlora_jax.models.masks import Mask, cut
 
 BLOCK = 128
@@ -68,9 +69,7 @@ def _attend_span(
 
     def block(first: int | jax.Array, count: int) -> jax.Array:
         here, part = mask.dense(first, count, seen), cut(q, first, count)
-        if softcap is None:
-            return jax.nn.dot_product_attention(part, k, v, mask=here, scale=scale)
-        return _capped_attention(part, k, v, here, scale or q.shape[-1] ** -0.5, softcap)
+        return dot_product_attention(part, k, v, mask=here, scale=scale, softcap=softcap)
 
     if (end - start) % BLOCK or end - start == BLOCK:
         return block(start, end - start)
@@ -78,15 +77,3 @@ def _attend_span(
     step = jax.checkpoint(functools.partial(block, count=BLOCK), prevent_cse=False)
     parts = jax.lax.map(step, jnp.arange(start, end, BLOCK))
     return jnp.moveaxis(parts, 0, 1).reshape(q.shape[0], end - start, *q.shape[2:])
-
-
-def _capped_attention(
-    q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array, scale: float, softcap: float
-) -> jax.Array:
-    """What `jax.nn.dot_product_attention` does, which knows no cap; softmax in fp32."""
-    groups = q.reshape(*q.shape[:2], k.shape[2], -1, q.shape[3])
-    scores = jnp.einsum("btngd,bsnd->bngts", groups, k, preferred_element_type=jnp.float32)
-    scores = softcap * jnp.tanh(scores * (scale / softcap))
-    scores = jnp.where(mask[:, :, None], scores, jnp.finfo(jnp.float32).min)
-    weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
-    return jnp.einsum("bngts,bsnd->btngd", weights, v).reshape(q.shape)

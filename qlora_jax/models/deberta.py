@@ -18,6 +18,7 @@ from jax.typing import DTypeLike
 
 from qlora_jax.errors import QloraError
 from qlora_jax.models.classification import SOFT_LABELS
+from qlora_jax.models.dot_product import dot_product_attention
 from qlora_jax.models.encoder import Embeddings, Stack, check_length, linear, visible
 from qlora_jax.models.encoder_config import (
     ACTIVATIONS,
@@ -271,7 +272,7 @@ def _attend(
         bias = by_key if bias is None else bias + by_key
     if bias is not None:
         bias = bias * scale
-    out = jax.nn.dot_product_attention(q, k, v, bias=bias, mask=mask, scale=scale)
+    out = dot_product_attention(q, k, v, bias=bias, mask=mask, scale=scale)
     return out.reshape(*out.shape[:2], -1)
 
 

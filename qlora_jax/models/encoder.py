@@ -13,6 +13,7 @@ from flax import nnx
 from jax.typing import DTypeLike
 
 from qlora_jax.errors import QloraError
+from qlora_jax.models.dot_product import dot_product_attention
 from qlora_jax.models.encoder_config import ACTIVATIONS, EncoderConfig
 from qlora_jax.models.masks import same_segment
 from qlora_jax.models.norm import LayerNorm
@@ -167,7 +168,7 @@ def attend(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array | None) -> 
 
     Under jax.checkpoint the [B, H, T, T] probabilities are not kept for the backward pass.
     """
-    return jax.nn.dot_product_attention(q, k, v, mask=mask).reshape(*q.shape[:2], -1)
+    return dot_product_attention(q, k, v, mask=mask).reshape(*q.shape[:2], -1)
 
 
 def visible(attention_mask: jax.Array | None, segment_ids: jax.Array | None) -> jax.Array | None:

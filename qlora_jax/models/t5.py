@@ -17,6 +17,7 @@ from jax.typing import DTypeLike
 
 from qlora_jax.errors import QloraError
 from qlora_jax.models.cache import EncoderDecoderCache, check_room
+from qlora_jax.models.dot_product import dot_product_attention
 from qlora_jax.models.masks import causal_mask
 from qlora_jax.models.norm import RMSNorm
 from qlora_jax.models.remat import Remat, cheap, named, rematerialized
@@ -109,7 +110,7 @@ class Attention(nnx.Module):
 def _attend(
     q: jax.Array, k: jax.Array, v: jax.Array, bias: jax.Array | None, mask: jax.Array | None
 ) -> jax.Array:
-    return jax.nn.dot_product_attention(q, k, v, bias=bias, mask=mask, scale=1.0)
+    return dot_product_attention(q, k, v, bias=bias, mask=mask, scale=1.0)
 
 
 class FeedForward(nnx.Module):

@@ -98,8 +98,6 @@ def test_no_dense_stack_in_the_program() -> None:
     assert not stacks & float_sizes(jax.make_jaxpr(jax.grad(loss))(adapters))
 
 
-# jax.nn.dot_product_attention widens bf16 itself.
-@pytest.mark.standard_promotion
 def test_bfloat16_compute() -> None:
     config, params, axes = problem("llama", everything=False)
     frozen, adapters = prepare(params, axes, "nf4")
