@@ -135,7 +135,7 @@ def compile_step(config: LlamaConfig, topology: str, mesh: str, time: int, rank:
         config, batch=2 * layout.row_parts, time=time, rank=rank, dtype=jnp.bfloat16
     )
     placed = layout.state(state), layout.params(params), layout.batch(batch)
-    with qj.use_implementation("pallas_tpu"):
+    with qj.use_implementation("pallas_tpu"), qj.use_attention("splash"):
         return step.lower(*placed).compile(), placed
 
 

@@ -11,7 +11,8 @@ from qlora_jax.lift import lift
 from qlora_jax.models import Cache, DecoderConfig, apply_head, apply_hidden
 from qlora_jax.models.loss import causal_lm_loss
 from qlora_jax.models.remat import Remat
-from qlora_jax.quant.policy import batch_parts
+from qlora_jax.models.split import Split, split_over
+from qlora_jax.quant.policy import batch_parts, placement_of
 
 Batch = dict[str, Any]
 
@@ -96,7 +97,8 @@ class Model:
     ) -> tuple[jax.Array, Cache | None, jax.Array | None]:
         """As `models.apply_hidden`."""
         run = functools.partial(apply_hidden, self.config, dtype=self.dtype, remat=remat)
-        return lift(run, strict=True)(params, input_ids, **inputs)
+        with split_over(_split(params)):
+            return lift(run, strict=True)(params, input_ids, **inputs)
 
     def head(self, params: Any, hidden: jax.Array) -> jax.Array:
         """Logits, fp32 [..., V], of hidden states [..., D]."""
@@ -181,3 +183,13 @@ def describe(model: Any, layers: str) -> str:
         f"{type(model).__name__}({model.config.model_type}, {layers} layers, "
         f"{size / 1e6:.0f} MB, source={model.source!r})"
     )
+
+
+def _split(params: Any) -> Split | None:
+    """Of activations on the mesh that 4-bit weights lie on."""
+    placement = placement_of(params)
+    if placement is None:
+        return None
+    several = [name for name, size in placement.mesh.shape.items() if size > 1]
+    heads = tuple(name for name in several if name not in placement.rows)
+    return Split(placement.mesh, placement.rows, heads)

@@ -5,15 +5,15 @@ https://github.com/jax-ml/jax/tree/main/jax/experimental/pallas/ops/tpu/splash_a
 
 import functools
 import math
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.experimental.custom_partitioning import custom_partitioning
-from jax.sharding import NamedSharding, PartitionSpec
+from jax.sharding import PartitionSpec
 
 from qlora_jax.models.masks import Mask
+from qlora_jax.models.split import Names, Split, current_split
 
 LANES = 128
 """Of a vector register: what tiles are multiples of."""
@@ -22,13 +22,15 @@ TILE = 512
 
 
 class _How(NamedTuple):
-    """What is known when tracing; grouped: there are `groups`, mixed: there is `slides`."""
+    """What is known when tracing; grouped: there are `groups`, mixed: there is `slides`; split: as
+    far as batch and heads allow."""
 
     scale: float
     softcap: float | None
     window: int | None
     grouped: bool
     mixed: bool
+    split: Split | None
     interpret: bool
 
 
@@ -36,8 +38,8 @@ def unavailable() -> str | None:
     """Why the kernels do not run on this machine; None where they do."""
     if all(device.platform != "tpu" for device in jax.local_devices()):
         return "this process has no TPU"
-    if jax.device_count() > 1:  # a program over them all would not compile
-        return "libtpu knows no custom_partitioning, which splits the kernels over several devices"
+    if jax.device_count() > 1 and current_split() is None:
+        return "several devices, and no weight in 4 bits that says how they share the work"
     return None
 
 
@@ -66,12 +68,29 @@ def attend(
     """
     groups, mixed = mask.groups(), mask.window is not None and mask.slides is not None
     how = _How(
-        scale or q.shape[-1] ** -0.5, softcap, mask.window, groups is not None, mixed, interpret
+        scale=scale or q.shape[-1] ** -0.5,
+        softcap=softcap,
+        window=mask.window,
+        grouped=groups is not None,
+        mixed=mixed,
+        split=_fitting(current_split(), q.shape[0], k.shape[2]),
+        interpret=interpret,
     )
     more = [groups] * how.grouped + [mask.slides] * how.mixed
-    # Partitioning wants the kernels' arrays as arguments.
+    # Those of a traced kernel are arguments like the others.
     arrays = [array for kernel in _kernels(how, q.shape[1]) for array in kernel[0]]
     return _attention(how, q, k, v, *more, *map(jnp.asarray, arrays))
+
+
+def _fitting(split: Split | None, batch: int, heads: int) -> Split | None:
+    """Whole sequences and whole key heads only."""
+    if split is None:
+        return None
+
+    def fit(size: int, names: Names) -> Names:
+        return () if size % math.prod(split.mesh.shape[name] for name in names) else names
+
+    return split._replace(rows=fit(batch, split.rows), heads=fit(heads, split.heads))
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -80,7 +99,7 @@ def _attention(how: _How, *args: jax.Array) -> jax.Array:
     # The log-sum-exp is written too and not read: so the kernel is the one that the backward pass
     # begins with, and where a layer is computed again before it, XLA runs the two as one.
     local = functools.partial(_local, how, with_sums=True)
-    return _over_devices(local, how, "out", args)
+    return _over_devices(local, how, args)
 
 
 def _forward(how: _How, *args: jax.Array) -> tuple[jax.Array, Any]:
@@ -93,7 +112,8 @@ def _backward(how: _How, args: Any, g: jax.Array) -> Any:
         _, pull = jax.vjp(lambda q, k, v: _local(how, q, k, v, *more), q, k, v)
         return pull(g)
 
-    return (*_over_devices(gradients, how, "gradients", (*args, g)), *[None] * (len(args) - 3))
+    found = _over_devices(gradients, how, (*args, g), gradients=True)
+    return (*found, *[None] * (len(args) - 3))
 
 
 _attention.defvjp(_forward, _backward)
@@ -170,37 +190,26 @@ def _padded(time: int) -> int:
     return time + -time % LANES
 
 
-def _over_devices(local: Any, how: _How, what: Literal["out", "gradients"], args: Any) -> Any:
-    """local(*args), each device on its own sequences and heads; vmap goes from one to the next."""
+def _over_devices(local: Any, how: _How, args: Any, *, gradients: bool = False) -> Any:
+    """local(*args), each device on its own sequences and heads; vmap goes from one to the next.
 
-    @custom_partitioning
-    def call(*args: Any) -> Any:
-        return local(*args)
-
-    def partition(mesh: Any, args: Any, result: Any) -> Any:
-        batch, _, heads, _ = (*getattr(args[0].sharding, "spec", ()), *[None] * 4)[:4]
-        names = (heads,) if isinstance(heads, str) else heads or ()
-        if args[1].shape[2] % math.prod(mesh.shape[name] for name in names):
-            heads = None  # whole key heads only
-        whole = NamedSharding(mesh, PartitionSpec(batch, None, heads, None))
-        places = [NamedSharding(mesh, PartitionSpec())] * len(args)
+    args: q, k, v, groups if there are; of gradients the last is that of the output.
+    """
+    call = local
+    if how.split is not None:
+        rows, heads = how.split.rows or None, how.split.heads or None
+        whole = PartitionSpec(rows, None, heads, None)
+        places = [PartitionSpec()] * len(args)
         places[:3] = [whole] * 3
         if how.grouped:
-            places[3] = NamedSharding(mesh, PartitionSpec(batch, None))
-        if what == "gradients":
+            places[3] = PartitionSpec(rows, None)
+        if gradients:
             places[-1] = whole
-        return mesh, local, whole if what == "out" else (whole,) * 3, tuple(places)
-
-    query, key = "b t (k g) d", "b s k e"
-    rules = [query, key, key, *["b u"] * how.grouped]
-    rest = args[len(rules) : len(args) - (what == "gradients")]
-    rules += [" ".join(f"x{i}y{j}" for j in range(x.ndim)) for i, x in enumerate(rest)]
-    rules += [query] * (what == "gradients")
-    outputs = [query] if what == "out" else [query, key, key]
-    call.def_partition(
-        partition=partition,
-        infer_sharding_from_operands=lambda *args: partition(*args)[2],
-        sharding_rule=f"{', '.join(rules)} -> {', '.join(outputs)}",
-        g=args[0].shape[2] // args[1].shape[2],
-    )
+        call = jax.shard_map(
+            local,
+            mesh=how.split.mesh,
+            in_specs=tuple(places),
+            out_specs=(whole,) * 3 if gradients else whole,
+            check_vma=False,
+        )
     return jax.custom_batching.sequential_vmap(call)(*args)

@@ -9,6 +9,7 @@ import jax
 
 from qlora_jax.quant.array import QuantizedArray, quantize
 from qlora_jax.quant.config import QuantConfig
+from qlora_jax.quant.placement import Placement
 
 LINEAR_KERNEL = r"(.*/)?kernel"
 """Paths of the kernels of flax's linear layers."""
@@ -79,10 +80,16 @@ def dequantize_tree(params: Any) -> Any:
     )
 
 
-def batch_parts(params: Any) -> int:
-    """Into how many parts the examples of a batch are split over devices, as a quantized leaf of
-    `params` knows it; 1 without a mesh."""
+def placement_of(params: Any) -> Placement | None:
+    """Where a quantized leaf of `params` lies on a mesh; None without one."""
     for leaf in jax.tree.leaves(params, is_leaf=is_quantized):
         if is_quantized(leaf) and leaf.placement is not None:
-            return leaf.placement.count(leaf.placement.rows)
-    return 1
+            return leaf.placement
+    return None
+
+
+def batch_parts(params: Any) -> int:
+    """Into how many parts the examples of a batch are split over devices, as `placement_of` says;
+    1 without a mesh."""
+    placement = placement_of(params)
+    return 1 if placement is None else placement.count(placement.rows)

@@ -13,6 +13,7 @@ from qlora_jax.errors import QloraError
 from qlora_jax.models import attention, attention_splash, attention_xla
 from qlora_jax.models.attention import use_attention
 from qlora_jax.models.masks import Mask
+from qlora_jax.models.split import Split, split_over
 
 B, H, HKV, DH = 2, 4, 2, 16
 
@@ -107,19 +108,39 @@ def test_splash_equals_whole_matrices(kind, time, softcap):
 
 
 def test_each_device_attends_to_its_own_sequences_and_heads():
-    splash = jax.jit(functools.partial(attention_splash.attend, interpret=True))
     mesh = Mesh(np.array(jax.devices()[:4]).reshape(2, 2), ("data", "tensor"))
-    mask = Mask(valid=padding(130, 9, 0))
-    q, k, v, _ = inputs(130)
     place = NamedSharding(mesh, PartitionSpec("data", None, "tensor"))
-    q, k, v = (jax.device_put(x, place) for x in (q, k, v))
-    compiled = splash.lower(q, k, v, mask).compile()
+    mask = Mask(valid=padding(130, 9, 0))
+    live = np.asarray(mask.valid)[:, :, None, None]
+    args = inputs(130)
+
+    def gradients(attend, q, k, v, w):
+        def loss(q, k, v):
+            out = jnp.where(live, attend(q, k, v, mask), 0.0)
+            return jnp.sum(out * w), out
+
+        return jax.value_and_grad(loss, (0, 1, 2), has_aux=True)(q, k, v)
+
+    splash = functools.partial(attention_splash.attend, interpret=True)
+    with split_over(Split(mesh, ("data",), ("tensor",))):
+        split = jax.jit(functools.partial(gradients, splash))
+        compiled = split.lower(*(jax.device_put(x, place) for x in args)).compile()
     assert "all-gather" not in compiled.as_text()
-    out = compiled(q, k, v, mask)
-    assert out.sharding.is_equivalent_to(place, out.ndim)
-    live = np.asarray(mask.valid)
-    expected = np.asarray(plain(q, k, v, mask))[live]
-    np.testing.assert_allclose(np.asarray(out)[live], expected, atol=1e-5)
+    (_, out), found = compiled(*(jax.device_put(x, place) for x in args))
+    assert all(x.sharding.is_equivalent_to(place, x.ndim) for x in (out, *found))
+    expected = gradients(plain, *args)
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, atol=1e-4),
+        (out, found),
+        (expected[0][1], expected[1]),
+    )
+
+
+def test_what_does_not_divide_is_not_split():
+    mesh = Mesh(np.array(jax.devices()[:8]).reshape(4, 2), ("data", "tensor"))
+    split = Split(mesh, ("data",), ("tensor",))
+    assert attention_splash._fitting(split, 8, 4) == split
+    assert attention_splash._fitting(split, 6, 3) == Split(mesh, (), ())
 
 
 def lowered(platform, time=256, **options):
@@ -174,10 +195,12 @@ def test_a_cache_is_attended_to_by_xla():
         attention.attend(q[:, :1], k, v, Mask(start=jnp.array(200)))
 
 
-def test_splash_is_not_chosen_over_several_tpus(monkeypatch):
+def test_splash_is_chosen_over_several_tpus_where_it_is_known_how_they_share(monkeypatch):
     """Their compiler could not split it."""
     monkeypatch.setattr(jax, "local_devices", lambda: [types.SimpleNamespace(platform="tpu")])
     monkeypatch.setattr(jax, "device_count", lambda: 1)
     assert attention_splash.unavailable() is None
     monkeypatch.setattr(jax, "device_count", lambda: 4)
     assert "several devices" in attention_splash.unavailable()
+    with split_over(Split(Mesh(np.array(jax.devices()[:1]), ("data",)), (), ())):
+        assert attention_splash.unavailable() is None
