@@ -6,6 +6,7 @@
 """
 
 import dataclasses
+import itertools
 import json
 import os
 import sys
@@ -20,6 +21,7 @@ from jax.sharding import NamedSharding, PartitionSpec, Sharding, SingleDeviceSha
 from jaxlib import xla_client
 
 from qlora_jax.errors import QloraError, reason
+from qlora_jax.models.attention import use_attention
 from qlora_jax.parallel import Layout, make_mesh
 from qlora_jax.plan import abstract
 from qlora_jax.plan.devices import Device, find
@@ -45,14 +47,14 @@ def compile_step(workload: Workload, device: Device) -> dict[str, Any]:
     shapes = abstract.of_workload(workload)
     step = shapes.placed(where)
     lowered, chosen = None, "xla"
-    for implementation in implementations(device):
+    for implementation, attention in itertools.product(implementations(device), attentions(device)):
         try:
-            with use_implementation(implementation):
+            with use_implementation(implementation), use_attention(attention):
                 lowered = lower(step.step, step.arguments, device)
         except QloraError as error:
             if "cannot be used" not in str(error):
                 raise
-            continue  # these weights are not for these kernels, as `product` finds out on a device
+            continue  # this step is not for these kernels, as would be found out on a device
         chosen = implementation
         break
     assert lowered is not None  # xla takes everything
@@ -139,6 +141,11 @@ def implementations(device: Device) -> tuple[Any, ...]:
         return ("xla",)
     library.register(library.PATH)  # XLA asks for the handlers when it compiles
     return ("cuda", "xla")
+
+
+def attentions(device: Device) -> tuple[Any, ...]:
+    """Which attention to try, likewise."""
+    return ("splash", "xla") if device.compiler == "tpu" else (None,)
 
 
 def main() -> None:

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from qlora_jax import lora
 from qlora_jax.models.loss import CHUNK
 from qlora_jax.quant import QuantizedArray, is_quantized
+from qlora_jax.quant.pieces import LIMIT as PIECE
 from qlora_jax.training.footprint import Footprint
 from qlora_jax.training.masks import combine, partition
 from qlora_jax.training.paged import PAGE_BYTES
@@ -82,8 +83,8 @@ def estimate(
     model    a `Model` or its like; state and batch: as of its step, all of it
     counted  its arguments' part, as `count` finds it of what one device holds
     remat    the policy, accumulate the micro-batches of the step
-    decoded  how many weights are dense at a time: 3 where XLA decodes them ahead of their products,
-             0 where kernels do it on the way
+    decoded  how many weights, or pieces of large ones, are dense at a time: 3 where XLA decodes
+             them ahead of their products, 0 where kernels do it on the way
     rows     devices that the rows of a batch are split over
     """
     micro = batch if accumulate == 1 else jax.tree.map(_first, batch)
@@ -99,7 +100,8 @@ def estimate(
     # gradients of about as much.
     all_kept = found if remat == "none" else keeps("none")
     layer = (all_kept.layer if remat == "none" else 2 * all_kept.layer) // rows
-    dense = decoded * _widest(model.params) * jnp.dtype(model.dtype).itemsize
+    numbers = decoded * min(_widest(model.params), PIECE)
+    dense = numbers * jnp.dtype(model.dtype).itemsize
     layer += dense + _scores(model.config, micro["input_ids"].shape) // rows
     # The sum of the micro-batches' gradients, and the next one's.
     gradients = counted.gradients * (1 if accumulate == 1 else 2)

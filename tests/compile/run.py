@@ -2,10 +2,10 @@
 
     python -m tests.compile.run COMPILERS [PROGRAM]
 
-PROGRAM: only this one of train_step, attention, tpu_kernels, gpu_kernels, plan, memory, mesh
-and paged. COMPILERS holds the folders `tpu` (libtpu), `gpu` (JAX's CUDA plugin, ptxas) and `cuda`
-(qlora-jax-cuda) as `make compile` installs them. A process each, because what a target cannot
-compile may abort the process.
+PROGRAM: only this one of train_step, attention, tpu_kernels, gpu_kernels, plan, memory, mesh,
+paged and recipes. COMPILERS holds the folders `tpu` (libtpu), `gpu` (JAX's CUDA plugin, ptxas) and
+`cuda` (qlora-jax-cuda) as `make compile` installs them. A process each, because what a target
+cannot compile may abort the process.
 """
 
 import subprocess
@@ -17,10 +17,11 @@ from qlora_jax.plan.compilers import environment
 from tests.compile.targets import TARGETS
 
 PROGRAMS = {
-    "tpu": ("train_step", "attention", "tpu_kernels", "mesh", "paged"),
-    "gpu": ("train_step", "attention", "gpu_kernels", "plan", "memory", "paged"),
+    "tpu": ("train_step", "attention", "tpu_kernels", "mesh", "paged", "recipes"),
+    "gpu": ("train_step", "attention", "gpu_kernels", "plan", "memory", "paged", "recipes"),
 }
 TPUS = [name for name, target in TARGETS.items() if target.compiler == "tpu"]
+ONCE = ("mesh", "paged", "recipes")
 SKIPPED = (
     ("train_step", "TPU v4"),  # without a device, a step is compiled with kernels of v5 and later
     ("attention", "TPU v7x"),  # it compiles, but its compiler cannot print the program to be read
@@ -29,7 +30,8 @@ SKIPPED = (
     ("plan", "H200"),  # one is enough
     ("memory", "H200"),  # it has three times as much
     # These are the same for all TPUs.
-    *((program, name) for program in ("mesh", "paged") for name in TPUS if name != "TPU v5e"),
+    *((program, name) for program in ONCE for name in TPUS if name != "TPU v5e"),
+    ("recipes", "H200"),  # each recipe names its device
 )
 
 PARALLEL = 2  # a compilation takes about one core
