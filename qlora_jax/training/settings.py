@@ -74,7 +74,7 @@ class TrainSettings:
     least memory, a third more time), or the narrow ones in the host's memory (offload)."""
     attention: AttentionImplementation | None = None
     """Of decoders: xla, splash (TPU) or cudnn (NVIDIA GPUs, where it is far faster, but takes bf16
-    only); None: splash on a single TPU, else xla."""
+    only); None: splash on a TPU, else xla."""
     memory: Literal["manual", "auto"] = "manual"
     """auto: choose `remat` and `paged` at the start, the fastest that fit the device by the formula
     of `qlora-jax plan`."""
