@@ -4,17 +4,24 @@ Warnings are errors too (pyproject.toml).
 """
 
 import atexit
+import gc
 import os
 import tempfile
 from pathlib import Path
+from typing import Any
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
 import jax
 import numpy as np
 import pytest
+from jax._src import compiler
 
 jax.config.update("jax_num_cpu_devices", 8)
+
+# Tracing makes objects by the thousand that stay, and JAX adds work of its own to every collection:
+# at Python's threshold of 700 this would be a tenth of the time.
+gc.set_threshold(20_000, 20, 20)
 
 # What several tests compile alike is compiled once. Each process has a folder of its own, empty at
 # first: JAX does not write an entry at one stroke, so that another process could read half of it.
@@ -35,15 +42,29 @@ def strict_promotion(request: pytest.FixtureRequest):
         yield
 
 
+FUSIONS_THE_OLDER_WAY = ("xla_cpu_use_fusion_emitters", False)
 OPTIMIZED = ("parity", "quant")
 """Folders whose programs are compiled as users' are: numbers to the bit, and others' results."""
 
 
 @pytest.fixture(autouse=True, scope="module")
 def quick_compilation(request: pytest.FixtureRequest):
-    """Elsewhere LLVM optimizes little: a program runs once or twice on tiny arrays, and compiling
-    it is most of a test's time. XLA's own passes (fusion, sharding, memory) are the same."""
-    jax.config.update("jax_disable_most_optimizations", request.path.parent.name not in OPTIMIZED)
+    """Elsewhere a program runs once or twice on tiny arrays, and compiling it is most of a test's
+    time: LLVM optimizes little, and XLA makes the code of its fusions in the older of its two ways,
+    which takes a third as long. XLA's own passes (fusion, sharding, memory) are the same."""
+    quick = request.path.parent.name not in OPTIMIZED
+    jax.config.update("jax_disable_most_optimizations", quick)
+    options_of_jax = compiler.get_compile_options
+
+    def options(*args: Any, **kwargs: Any) -> Any:
+        found = options_of_jax(*args, **kwargs)
+        found.env_option_overrides = [*found.env_option_overrides, FUSIONS_THE_OLDER_WAY]
+        return found
+
+    with pytest.MonkeyPatch.context() as patch:
+        if quick:
+            patch.setattr(compiler, "get_compile_options", options)
+        yield
 
 
 @pytest.fixture(scope="session")
