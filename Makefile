@@ -11,12 +11,13 @@ PYTHON ?= $(shell for p in python3 python3.11 python3.12 python3.13; do \
 PIP_INSTALL = -m pip install --quiet --disable-pip-version-check
 PYTEST_ARGS ?=
 
-.PHONY: help demo test lint types parity cuda compile clean
+.PHONY: help demo test slow lint types parity cuda compile clean
 .DEFAULT_GOAL := help
 
 help:
 	@echo "make demo     fine-tune a 135M model in 4 bits on this machine's CPU, before and after"
 	@echo "make test     the tests that need no torch"
+	@echo "make slow     the tests that make test leaves out: real processes, kills, more meshes"
 	@echo "make lint     ruff: rules and formatting"
 	@echo "make types    pyright"
 	@echo "make parity   comparisons with bitsandbytes, transformers and PEFT (installs torch)"
@@ -31,6 +32,9 @@ demo: $(VENV)/.demo
 test: $(VENV)/.dev
 	$(VENV)/bin/python -m pytest tests --ignore=tests/parity -m "not slow" -n 2 --dist loadfile $(PYTEST_ARGS)
 
+slow: $(VENV)/.dev
+	$(VENV)/bin/python -m pytest tests --ignore=tests/parity -m slow -n 2 $(PYTEST_ARGS)
+
 lint: $(VENV)/.dev
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
@@ -39,7 +43,7 @@ types: $(VENV)/.dev
 	$(VENV)/bin/pyright
 
 parity: $(PARITY_VENV)/.parity
-	$(PARITY_VENV)/bin/python -m pytest tests/parity tests/training/test_kills.py -n 2 --dist loadfile $(PYTEST_ARGS)
+	$(PARITY_VENV)/bin/python -m pytest tests/parity -n 2 --dist loadfile $(PYTEST_ARGS)
 
 cuda: $(COMPILERS)/.cuda
 	$(VENV)/bin/python -m tests.compile.ptxas $(COMPILERS)/cuda.log

@@ -58,7 +58,8 @@ def quick_compilation(request: pytest.FixtureRequest):
 
     def options(*args: Any, **kwargs: Any) -> Any:
         found = options_of_jax(*args, **kwargs)
-        found.env_option_overrides = [*found.env_option_overrides, FUSIONS_THE_OLDER_WAY]
+        # First: what a test asks of `jax.jit` itself comes later and wins.
+        found.env_option_overrides = [FUSIONS_THE_OLDER_WAY, *found.env_option_overrides]
         return found
 
     with pytest.MonkeyPatch.context() as patch:
