@@ -1,5 +1,6 @@
 """What every decoder has to do by itself; that its logits are transformers' is for tests/parity."""
 
+import functools
 from collections.abc import Mapping
 from typing import Any
 
@@ -35,17 +36,18 @@ def check_cache_and_packing(config: Any) -> None:
     """A sequence gives the same logits whole, piece by piece, and beside another in one row."""
     params = random_params(config)
     ids = jax.random.randint(jax.random.key(1), (2, 12), 0, config.vocab_size)
-    whole = np.asarray(models.apply(config, params, ids)[0])
+    apply = jax.jit(functools.partial(models.apply, config))
+    whole = np.asarray(apply(params, ids)[0])
     assert np.abs(whole).max() > 0.1
 
     cache, parts = Cache.create(config, 2, 12), []
     for start, stop in ((0, 8), (8, 12)):
-        logits, cache = models.apply(config, params, ids[:, start:stop], cache=cache)
+        logits, cache = apply(params, ids[:, start:stop], cache=cache)
         parts.append(logits)
     np.testing.assert_allclose(np.concatenate(parts, 1), whole, rtol=0, atol=5e-5)
 
     segments = jnp.repeat(jnp.asarray([[5, 9]]), 12, axis=1)
-    packed = models.apply(config, params, ids.reshape(1, 24), segment_ids=segments)[0]
+    packed = apply(params, ids.reshape(1, 24), segment_ids=segments)[0]
     np.testing.assert_allclose(packed.reshape(whole.shape), whole, rtol=0, atol=5e-5)
 
 
