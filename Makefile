@@ -17,7 +17,7 @@ PYTEST_ARGS ?=
 help:
 	@echo "make demo     fine-tune a 135M model in 4 bits on this machine's CPU, before and after"
 	@echo "make test     the tests that need no torch"
-	@echo "make slow     the tests that make test leaves out: real processes, kills, more meshes"
+	@echo "make slow     the tests that make test leaves out: real processes, killed runs"
 	@echo "make lint     ruff: rules and formatting"
 	@echo "make types    pyright"
 	@echo "make parity   comparisons with bitsandbytes, transformers and PEFT (installs torch)"

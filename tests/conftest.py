@@ -44,7 +44,8 @@ def strict_promotion(request: pytest.FixtureRequest):
 
 FUSIONS_THE_OLDER_WAY = ("xla_cpu_use_fusion_emitters", False)
 OPTIMIZED = ("parity", "quant")
-"""Folders whose programs are compiled as users' are: numbers to the bit, and others' results."""
+"""Folders whose programs are compiled as users' are: numbers to the bit, and others' results. Files
+in them that hold neither are marked `quick`."""
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -52,7 +53,8 @@ def quick_compilation(request: pytest.FixtureRequest):
     """Elsewhere a program runs once or twice on tiny arrays, and compiling it is most of a test's
     time: LLVM optimizes little, and XLA makes the code of its fusions in the older of its two ways,
     which takes a third as long. XLA's own passes (fusion, sharding, memory) are the same."""
-    quick = request.path.parent.name not in OPTIMIZED
+    marked = request.node.get_closest_marker("quick") is not None
+    quick = marked or request.path.parent.name not in OPTIMIZED
     jax.config.update("jax_disable_most_optimizations", quick)
     options_of_jax = compiler.get_compile_options
 

@@ -88,15 +88,7 @@ def losses_on(spec: str) -> tuple[list[float], Any, Any]:
     return losses, params, state
 
 
-@pytest.mark.parametrize(
-    "spec",
-    [
-        pytest.param("data=8", marks=pytest.mark.slow),
-        pytest.param("fsdp=8", marks=pytest.mark.slow),
-        pytest.param("tensor=8", marks=pytest.mark.slow),
-        "data=2,fsdp=2,tensor=2",
-    ],
-)
+@pytest.mark.parametrize("spec", ["data=8", "fsdp=8", "tensor=8", "data=2,fsdp=2,tensor=2"])
 def test_losses_are_those_of_one_device(spec: str) -> None:
     losses, params, state = losses_on(spec)
     np.testing.assert_allclose(losses, losses_of_one_device(), atol=1e-5, rtol=0)

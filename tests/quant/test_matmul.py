@@ -7,6 +7,8 @@ import pytest
 
 from qlora_jax.quant import FP4, NF4, nf4_matmul, nf4_matmul_transposed, pieces, quantize
 
+pytestmark = pytest.mark.quick
+
 CONFIGS = [NF4(), NF4(32, False), FP4(), FP4(128, False)]
 # fp32: two orders of summation over K or N of unit numbers; bf16: one rounding of the result.
 TOLERANCE = {jnp.float32: 1e-5, jnp.bfloat16: 2**-7}

@@ -14,6 +14,8 @@ from qlora_jax.parallel import make_mesh
 from qlora_jax.quant import nf4_matmul
 from qlora_jax.quant.placement import Placement
 
+pytestmark = pytest.mark.quick
+
 K, N = 256, 64
 ROWS = ("data", "fsdp")
 SPLITS = (
