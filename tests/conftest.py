@@ -52,10 +52,13 @@ in them that hold neither are marked `quick`."""
 def quick_compilation(request: pytest.FixtureRequest):
     """Elsewhere a program runs once or twice on tiny arrays, and compiling it is most of a test's
     time: LLVM optimizes little, and XLA makes the code of its fusions in the older of its two ways,
-    which takes a third as long. XLA's own passes (fusion, sharding, memory) are the same."""
+    which takes a third as long. XLA's own passes (fusion, sharding, memory) are the same, but that
+    operations which stay alone are not wrapped."""
     marked = request.node.get_closest_marker("quick") is not None
     quick = marked or request.path.parent.name not in OPTIMIZED
-    jax.config.update("jax_disable_most_optimizations", quick)
+    if jax.config.read("jax_disable_most_optimizations") != quick:
+        jax.clear_caches()  # which do not tell programs compiled the other way apart
+        jax.config.update("jax_disable_most_optimizations", quick)
     options_of_jax = compiler.get_compile_options
 
     def options(*args: Any, **kwargs: Any) -> Any:
