@@ -96,11 +96,6 @@ class MoeConfig(llama.LlamaConfig):
             expert_size,
         )
         only(hf, hidden_act="silu")
-        if noise := entry(hf, "router_jitter_noise", float, 0.0):
-            raise QloraError(
-                f"router_jitter_noise {noise} changes training and is not supported; set it to 0 "
-                "in config.json to train without it"
-            )
         # transformers has called it both, from version to version.
         experts = entry(hf, "num_experts", int, entry(hf, "num_local_experts", int))
         if experts is None:

@@ -38,6 +38,7 @@ VARIANTS: dict[str, tuple[Any, dict[str, Any]]] = {
             "sliding_window": 8,
             "head_dim": 32,
             "tie_word_embeddings": True,
+            "router_jitter_noise": 0.1,  # there in training alone, here never
         },
     ),
     "mixtral, one expert": (
