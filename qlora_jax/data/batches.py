@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 
@@ -62,11 +62,19 @@ class BatchSource:
 
     def __getitem__(self, step: int) -> Batch:
         """The batch of `step`, counted from 0."""
+        return self.part(step, range(self._size))
+
+    def part(self, step: int, wanted: Sequence[int]) -> Batch:
+        """Some rows of the batch of `step`, as long as they are in all of it."""
         rows = self.rows_of(step)
-        examples = [[self._dataset[index] for index in row] for row in rows]
         longest = self._longest(rows)
         length = next(bucket for bucket in self.buckets if longest <= bucket)
+        examples = [[self._dataset[index] for index in rows[row]] for row in wanted]
         return self._dataset.collate(examples, length, packed=self._packing)
+
+    def tokens_of(self, step: int) -> int:
+        """Tokens in all of the batch of `step`, padding not counted."""
+        return sum(int(self._lengths[row].sum()) for row in self.rows_of(step))
 
     def rows_of(self, step: int) -> list[list[int]]:
         """The examples in each row of the batch of `step`, by their numbers in the dataset."""

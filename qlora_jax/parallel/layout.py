@@ -68,6 +68,21 @@ class Layout:
         """
         return jax.tree.map(lambda x: put(x, self.batch_sharding(x.shape, axis)), batch)
 
+    def own_rows(self, count: int) -> list[int]:
+        """Which of a batch's `count` examples devices of this process take."""
+        places = self.batch_sharding((count,)).addressable_devices_indices_map((count,))
+        return sorted({row for index in places.values() for row in range(count)[index[0]]})
+
+    def own_batch(self, batch: Any, count: int, axis: int = 0) -> Any:
+        """As `batch`, of which each process has its `own_rows(count)` alone."""
+
+        def one(x: Any) -> Any:
+            shape = (*x.shape[:axis], count, *x.shape[axis + 1 :])
+            sharding = self.batch_sharding(shape, axis)
+            return jax.make_array_from_process_local_data(sharding, x, shape)
+
+        return jax.tree.map(one, batch)
+
     def batch_sharding(self, shape: tuple[int, ...], axis: int = 0) -> NamedSharding:
         """Of a leaf of such a batch."""
         rows, parts = shape[axis], self.row_parts

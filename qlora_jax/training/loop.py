@@ -55,8 +55,8 @@ class Loop:
         for batch in self.stream.start(self.number):
             placed = self.place(batch)
             self.state, measured = self.step(self.state, self.model.params, placed)
+            real_tokens = self.stream.tokens_of(self.number)
             self.number += 1
-            real_tokens = int(batch["attention_mask"].sum())
             self.log.dispatched(self.number, measured, real_tokens, self.stream.waited)
             self.checkpoints.check()
             stopping = self._last or bool(self.interrupts.caught) or self._stuck

@@ -1,7 +1,7 @@
 """The batches of a run, step by step, made ahead of the steps that take them."""
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -17,17 +17,26 @@ AHEAD = 8
 class StepBatches:
     """What each step of a run trains on: a pure function of the data, the settings and the step.
 
-    steps: how many the run takes. waited: seconds that the step's batch was waited for, which is
-    all the time that input costs. Raises QloraError as `BatchSource`.
+    rows: those to make of each micro-batch, by default all. steps: how many the run takes. waited:
+    seconds that the step's batch was waited for, which is all the time that input costs. Raises
+    QloraError as `BatchSource`.
     """
 
-    def __init__(self, train: TokenizedDataset, settings: TrainSettings) -> None:
+    def __init__(
+        self,
+        train: TokenizedDataset,
+        settings: TrainSettings,
+        rows: Sequence[int] | None = None,
+    ) -> None:
         try:
             import grain
         except ModuleNotFoundError as error:
             raise missing("grain", "making batches ahead", "cli") from error
         self._grain, self._train = grain, train
-        self._micro = (settings.accumulate, settings.batch_size)
+        size, accumulate = settings.batch_size, settings.accumulate
+        rows = range(size) if rows is None else rows
+        self._wanted = [micro * size + row for micro in range(accumulate) for row in rows]
+        self._micro = (accumulate, len(rows))
         self._source = BatchSource(
             train,
             settings.batch_size * settings.accumulate,
@@ -52,11 +61,15 @@ class StepBatches:
     def __getitem__(self, index: int) -> Batch:
         """The batch of step `index`: leaves [B, T] or, accumulating, [accumulate, B, T]."""
         batch: Any = {}
-        for name, array in self._source[index].items():
+        for name, array in self._source.part(index, self._wanted).items():
             array = np.asarray(array)
             array = array.reshape(*self._micro, *array.shape[1:])
             batch[name] = array[0] if self._micro[0] == 1 else array
         return batch
+
+    def tokens_of(self, step: int) -> int:
+        """Tokens that step `step`, counted from 0, trains on in all rows; padding is none."""
+        return self._source.tokens_of(step)
 
     def examples_of(self, step: int) -> list[str]:
         """The examples of step `step`, all counted from 0, and where they are from, if known."""

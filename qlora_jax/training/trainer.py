@@ -107,9 +107,8 @@ def fit(
         if examples is not None:
             check_examples(model, examples)
     layout = None if mesh is None else Layout.of(mesh, model.config)
-    if layout is not None:
-        layout.batch_sharding((settings.batch_size,))  # refused now if it cannot be split
-    stream = StepBatches(train, settings)
+    rows = None if layout is None else layout.own_rows(settings.batch_size)
+    stream = StepBatches(train, settings, rows)
     steps = stream.steps
     about = describe_run(model, config, train, settings, steps, own_optimizer=bool(optimizer))
     rates = None if optimizer else rate_table(settings.learning_rates(steps), steps)
@@ -123,8 +122,9 @@ def fit(
 
     if settings.memory == "auto":
         shapes = jax.eval_shape(start, adapters, model.params, keys)
+        first = StepBatches(train, settings)[0]
         settings, chosen = fitting(
-            model, settings, shapes, stream[0], layout, may_page=optimizer is None
+            model, settings, shapes, first, layout, may_page=optimizer is None
         )
         transform = optimizer or settings.make_optimizer(steps)
         if display and is_first():
@@ -153,7 +153,9 @@ def fit(
         output.mkdir(parents=True, exist_ok=True)
 
     def place(batch: Batch) -> Any:
-        return batch if layout is None else layout.batch(batch, examples_axis)
+        if layout is None:
+            return batch
+        return layout.own_batch(batch, settings.batch_size, examples_axis)
 
     began, number, counts = time.perf_counter(), 0, {}
     saved = checkpoints.newest(print if writes else _quiet) if resume else None

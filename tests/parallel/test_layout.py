@@ -140,3 +140,14 @@ def test_a_batch_that_cannot_be_split(tmp_path: Any) -> None:
             mesh=make_mesh(),
         )
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("spec", ["fsdp=8", "data=2,fsdp=2,tensor=2", "tensor=8"])
+def test_own_rows_make_the_batch(spec: str) -> None:
+    """Of one process all of them."""
+    layout = Layout.of(make_mesh(spec), model().config)
+    assert layout.own_rows(16) == list(range(16))
+    batch = {"input_ids": np.arange(3 * 16 * 5).reshape(3, 16, 5)}
+    own, whole = layout.own_batch(batch, 16, axis=1), layout.batch(batch, axis=1)
+    assert own["input_ids"].sharding == whole["input_ids"].sharding
+    np.testing.assert_array_equal(own["input_ids"], whole["input_ids"])

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 import qlora_jax as qj
-from qlora_jax.data import IGNORE
+from qlora_jax.data import IGNORE, TokenizedDataset, TokenizedExample
 from qlora_jax.training.settings import TrainSettings
 from qlora_jax.training.stream import StepBatches
 from tests.training import models
@@ -33,6 +33,24 @@ def token_losses(model, params, batch) -> dict[tuple[int, ...], np.ndarray]:
             values = [-log_probs[row, p - 1, ids[p]] for p in labelled]
             found[tuple(ids[places].tolist())] = np.asarray(values)
     return found
+
+
+@pytest.mark.parametrize("accumulate", [1, 3])
+def test_some_rows_are_those_of_the_whole_batch(accumulate):
+    """As several processes make them: as long as the longest row of all."""
+    settings = TrainSettings(
+        steps=6, batch_size=4, accumulate=accumulate, group_by_length=True, buckets=3
+    )
+    examples = [TokenizedExample(np.full(9 * n, n), np.full(9 * n, n)) for n in range(1, 21)]
+    data = TokenizedDataset(tuple(examples), 0)
+    whole, part = StepBatches(data, settings), StepBatches(data, settings, rows=[1, 2])
+    for step in range(6):
+        for name, array in whole[step].items():
+            expected = np.asarray(array)[..., 1:3, :]
+            np.testing.assert_array_equal(part[step][name], expected)
+        assert part.tokens_of(step) == np.sum(whole[step]["attention_mask"])
+    if accumulate == 1:
+        assert len({whole[step]["input_ids"].shape for step in range(6)}) > 1
 
 
 @pytest.mark.standard_promotion
