@@ -76,10 +76,7 @@ def attend(
         split=_fitting(current_split(), q.shape[0], k.shape[2]),
         interpret=interpret,
     )
-    more = [groups] * how.grouped + [mask.slides] * how.mixed
-    # Those of a traced kernel are arguments like the others.
-    arrays = [array for kernel in _kernels(how, q.shape[1]) for array in kernel[0]]
-    return _attention(how, q, k, v, *more, *map(jnp.asarray, arrays))
+    return _attention(how, q, k, v, *[groups] * how.grouped, *[mask.slides] * how.mixed)
 
 
 def _fitting(split: Split | None, batch: int, heads: int) -> Split | None:
@@ -138,27 +135,22 @@ def _local(
         out = kernel(q, k, v, None if ids is None else splash.SegmentIds(ids, ids))
         return out[0] if with_sums else out
 
-    runs = []
-    for arrays, tree in _kernels(how, time, with_sums):
-        kernel = jax.tree.unflatten(tree, [rest.pop(0) for _ in arrays])
-        runs.append(functools.partial(jax.vmap(functools.partial(one, kernel)), q, k, v, ids))
+    # If layers are mixed, then also the kernel of those that see everything. Of each head it is the
+    # same, and so of any number of heads.
+    windows = (how.window, None) if how.mixed else (how.window,)
+    kernels = [_kernel(w, _padded(time), how.softcap, with_sums, how.interpret) for w in windows]
+    runs = [
+        functools.partial(jax.vmap(functools.partial(one, kernel)), q, k, v, ids)
+        for kernel in kernels
+    ]
     out = runs[0]() if slides is None else jax.lax.cond(slides, *runs)
     return out.swapaxes(1, 2)[:, :time]
-
-
-def _kernels(how: _How, time: int, with_sums: bool = False) -> list[tuple[list[np.ndarray], Any]]:
-    """The kernel, as arrays and their tree; if layers are mixed, then also the one of the layers
-    that see everything. Of each head the same, and so of any number of heads."""
-    windows = (how.window, None) if how.mixed else (how.window,)
-    return [
-        _kernel(window, _padded(time), how.softcap, with_sums, how.interpret) for window in windows
-    ]
 
 
 @functools.lru_cache(maxsize=16)
 def _kernel(
     window: int | None, time: int, softcap: float | None, with_sums: bool, interpret: bool
-) -> tuple[list[np.ndarray], Any]:
+) -> Any:
     from jax.experimental.pallas.ops.tpu import splash_attention as splash
     from jax.experimental.pallas.ops.tpu.splash_attention.splash_attention_kernel import BlockSizes
 
@@ -182,8 +174,7 @@ def _kernel(
             save_residuals=with_sums,
             interpret=interpret,
         )
-        arrays, tree = jax.tree.flatten(kernel)
-        return [np.asarray(array) for array in arrays], tree
+        return jax.tree.map(np.asarray, kernel)
 
 
 def _padded(time: int) -> int:
