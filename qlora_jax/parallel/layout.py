@@ -71,7 +71,7 @@ class Layout:
     def own_rows(self, count: int) -> list[int]:
         """Which of a batch's `count` examples devices of this process take."""
         places = self.batch_sharding((count,)).addressable_devices_indices_map((count,))
-        return sorted({row for index in places.values() for row in range(count)[index[0]]})
+        return sorted({row for index in places.values() if index for row in range(count)[index[0]]})
 
     def own_batch(self, batch: Any, count: int, axis: int = 0) -> Any:
         """As `batch`, of which each process has its `own_rows(count)` alone."""
