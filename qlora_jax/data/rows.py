@@ -47,8 +47,8 @@ class Rows:
         self._parts, self._lengths, self._seed = parts, lengths, seed
         self._pack_to, self._group = pack_to, group
         self._starts = [0]
-        # A batch straddles two epochs at a time; more only if it is larger.
-        self._epoch = functools.lru_cache(maxsize=2)(self._make_epoch)
+        # A batch straddles two epochs, and is asked about while others are made ahead of it.
+        self._epoch = functools.lru_cache(maxsize=4)(self._make_epoch)
 
     def __getitem__(self, row: int) -> list[int]:
         while row >= self._starts[-1]:

@@ -81,8 +81,6 @@ def test_on_a_mesh(m):
 
 
 @pytest.mark.usefixtures("kernels")
-# jax.nn.dot_product_attention widens bf16 itself.
-@pytest.mark.standard_promotion
 def test_a_model():
     config = LlamaConfig.from_hf(
         {

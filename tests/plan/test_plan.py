@@ -17,7 +17,7 @@ from qlora_jax.plan.planner import Planner
 from qlora_jax.plan.workload import Workload
 from qlora_jax.training.settings import TrainSettings
 
-pytestmark = pytest.mark.standard_promotion  # JAX's own attention in bfloat16
+pytestmark = pytest.mark.standard_promotion  # optax
 
 ABOUT = {
     "model_type": "llama",

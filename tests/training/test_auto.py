@@ -12,7 +12,7 @@ from qlora_jax.training.auto import choose, fitting
 from qlora_jax.training.settings import TrainSettings
 from tests.training.test_estimate import ABOUT, FORMAT
 
-pytestmark = pytest.mark.standard_promotion  # JAX's own attention in bfloat16
+pytestmark = pytest.mark.standard_promotion  # optax
 
 SETTINGS = TrainSettings(batch_size=8, memory="auto")
 

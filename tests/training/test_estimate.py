@@ -13,7 +13,7 @@ from qlora_jax.plan import abstract
 from qlora_jax.quant import NF4
 from qlora_jax.training.settings import TrainSettings
 
-pytestmark = pytest.mark.standard_promotion  # JAX's own attention in bfloat16
+pytestmark = pytest.mark.standard_promotion  # optax
 
 L, D, F, V, H, R, B, T = 3, 64, 128, 32, 4, 4, 2, 32
 ABOUT = {
