@@ -89,11 +89,11 @@ def fit(
     input_seconds (that its batch was waited for). Of an evaluation: step, eval_loss, eval_tokens.
 
     Ctrl-C or SIGTERM ends the run after the step that is under way, and what was trained is saved;
-    a second Ctrl-C raises KeyboardInterrupt. Raises QloraError if `output` has a run already and
-    `resume` is off, or another run and it is on, for examples longer than the settings' sequence
-    length or the model's context, for ids outside its vocabulary, if a checkpoint cannot be
-    written, and after `max_skipped` skipped steps in a row; then the state is saved as it was
-    before them.
+    a second Ctrl-C raises KeyboardInterrupt (with several processes the first). Raises QloraError
+    if `output` has a run already and `resume` is off, or another run and it is on, for examples
+    longer than the settings' sequence length or the model's context, for ids outside its
+    vocabulary, if a checkpoint cannot be written, and after `max_skipped` skipped steps in a row;
+    then the state is saved as it was before them.
     """
     output = Path(output)
     checkpoints = RunCheckpoints(output, settings.keep)

@@ -2,10 +2,13 @@
 
 import json
 import os
+import signal
 import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -15,11 +18,12 @@ from qlora_jax.parallel import distributed
 from tests.tiny import write_checkpoint
 
 ROOT = Path(__file__).resolve().parents[2]
+STEPS = "400"
 COMMAND = "from qlora_jax.cli import main; main()"
 
 
-def train(folder: Path, output: Path, processes: int, *options: str) -> list[str]:
-    """`qlora-jax train` in so many processes, a device each -> what each one printed."""
+def start(folder: Path, output: Path, processes: int, *options: str) -> list[subprocess.Popen[str]]:
+    """`qlora-jax train` in so many processes, a device each."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         address = f"127.0.0.1:{free.getsockname()[1]}"
@@ -47,13 +51,23 @@ def train(folder: Path, output: Path, processes: int, *options: str) -> list[str
                 text=True,
             )
         )
+    return running
+
+
+def finish(running: list[subprocess.Popen[str]]) -> list[str]:
+    """What each process printed; all must exit 0."""
     try:
         said = [process.communicate(timeout=300)[0] for process in running]
     finally:
         for process in running:
             process.kill()
-    assert [process.returncode for process in running] == [0] * processes, "\n".join(said)
+    assert [process.returncode for process in running] == [0] * len(running), "\n".join(said)
     return said
+
+
+def train(*arguments: Any) -> list[str]:
+    """As `start`, to the end."""
+    return finish(start(*arguments))
 
 
 def losses(output: Path) -> list[float]:
@@ -61,12 +75,35 @@ def losses(output: Path) -> list[float]:
     return [line.get("loss", line.get("eval_loss")) for line in lines]
 
 
+def prepare(folder: Path) -> None:
+    write_checkpoint(folder / "model", hidden=128, intermediate=256)
+    rows = [{"prompt": f"say {i}", "completion": f"{i} and {i}"} for i in range(10)]
+    (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+@pytest.mark.slow
+def test_a_signal_to_one_process_ends_all_after_the_same_step(tmp_path: Path) -> None:
+    """Saved, exit 0; and gone on from, every step once."""
+    prepare(tmp_path)
+    output, options = tmp_path / "out", ("--mesh", "fsdp=2", "--training.steps", STEPS)
+    running = start(tmp_path, output, 2, *options)
+    while not (output / "metrics.jsonl").exists() or len(losses(output)) < 3:
+        assert running[0].poll() is None, finish(running)
+        time.sleep(0.1)
+    running[1].send_signal(signal.SIGTERM)
+    said = finish(running)
+    stopped = int(max(output.glob("step-*"), key=os.path.getmtime).name.removeprefix("step-"))
+    assert f"interrupted after step {stopped} (SIGTERM)" in said[0] and stopped < int(STEPS)
+    finish(start(tmp_path, output, 2, *options, "--resume"))
+    lines = map(json.loads, (output / "metrics.jsonl").read_text().splitlines())
+    steps = [line["step"] for line in lines if "loss" in line]
+    assert steps == list(range(1, int(STEPS) + 1))
+
+
 @pytest.mark.slow
 def test_losses_are_those_of_one_process(tmp_path: Path) -> None:
     """Loading in parts, training, evaluation, the saved adapter; the first process alone speaks."""
-    write_checkpoint(tmp_path / "model", hidden=128, intermediate=256)
-    rows = [{"prompt": f"say {i}", "completion": f"{i} and {i}"} for i in range(10)]
-    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    prepare(tmp_path)
     train(tmp_path, tmp_path / "one", 1)
     for processes, mesh in ((2, "fsdp=2"), (4, "fsdp=2,tensor=2")):
         output = tmp_path / str(processes)
