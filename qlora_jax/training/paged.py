@@ -39,9 +39,9 @@ def paged(
 ) -> optax.GradientTransformationExtraArgs:
     """`optimizer` with its state in pinned host memory; the arithmetic is the same.
 
-    During an update the state visits the device in pages, each of at most `page_bytes` together
-    with the updates made from it, and no more than two are there at a time. Pages are rows of a
-    parameter (some of its stacked layers). Where the optimizer looks at a parameter as a whole
+    During an update the state visits the device in pages, each of at most `page_bytes` (in fp32)
+    together with the updates made from it, and no more than two are there at a time. Pages are rows
+    of a parameter (some of its stacked layers). Where the optimizer looks at a parameter as a whole
     (Adafactor), it is a page of its own, however large.
 
     For any optimizer that treats each parameter apart: AdamW, Lion, Adafactor, their schedules,

@@ -41,9 +41,10 @@ def by_path(tree: Any) -> dict[Any, Any]:
 def layout(optimizer: optax.GradientTransformation, params: Any, page_bytes: int) -> Layout:
     """One page of small parameters, then the others: in pages of some rows, or whole.
 
-    What counts is state and update. Pages of a parameter are equal, so that one loop does them all;
-    there are at least two, since XLA unrolls a loop of one, and what is unrolled it may do all at
-    once. Raises QloraError if the optimizer does not treat parameters apart.
+    What counts is state and update, four bytes a number: what is stored in less is fp32 while it
+    is worked on. Pages of a parameter are equal, so that one loop does them all; there are at least
+    two, since XLA unrolls a loop of one, and what is unrolled it may do all at once. Raises
+    QloraError if the optimizer does not treat parameters apart.
     """
     found = _parameters(optimizer, params)
     room, together = page_bytes, []
@@ -66,7 +67,7 @@ def layout(optimizer: optax.GradientTransformation, params: Any, page_bytes: int
 
 
 class _Parameter(NamedTuple):
-    """Bytes of its state and updates; how many rows it has, if it may be cut between them."""
+    """Bytes of its state and updates in fp32; its rows, if it may be cut between them."""
 
     size: int
     rows: int | None
@@ -97,11 +98,11 @@ def _parameters(optimizer: optax.GradientTransformation, params: Any) -> list[_P
     new = dependences(step.jaxpr, [*starts, *states, *starts])
     _check_apart(zip([*numbers, *labels], new, strict=True), names)
 
-    sizes = [math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in leaves]
+    sizes = [4 * math.prod(leaf.shape) for leaf in leaves]
     cut = [len(leaf.shape) > 0 for leaf in leaves]
     for label, (_, x) in zip(labels, arrays, strict=True):
         if label is not None:
-            sizes[label] += math.prod(x.shape) * x.dtype.itemsize
+            sizes[label] += 4 * math.prod(x.shape)
     for label, found, aval in [
         *zip(labels, made, init.out_avals, strict=True),
         *zip([*numbers, *labels], new, step.out_avals, strict=True),

@@ -11,7 +11,7 @@ from benchmarks.paged import MIB, measure
 from qlora_jax.training.paged import PAGE_BYTES
 from qlora_jax.training.settings import OptimizerName, TrainSettings
 
-OPTIMIZERS: tuple[OptimizerName, ...] = ("adamw", "lion")
+OPTIMIZERS: tuple[OptimizerName, ...] = ("adamw", "adamw8bit", "lion")
 
 
 def main(target: str) -> None:
@@ -23,7 +23,7 @@ def main(target: str) -> None:
             f"{host / MIB:.0f} on the host, {temporary / MIB:.0f} of temporaries",
             flush=True,
         )
-        assert host > 600 * MIB and device == 0 and temporary <= 2 * PAGE_BYTES + MIB
+        assert host > 300 * MIB and device == 0 and temporary <= 2 * PAGE_BYTES + MIB
 
 
 if __name__ == "__main__":
