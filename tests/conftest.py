@@ -17,6 +17,8 @@ import numpy as np
 import pytest
 from jax._src import compiler
 
+from tests import xla_options
+
 jax.config.update("jax_num_cpu_devices", 8)
 
 # Tracing makes objects by the thousand that stay, and JAX adds work of its own to every collection:
@@ -52,8 +54,8 @@ in them that hold neither are marked `quick`."""
 def quick_compilation(request: pytest.FixtureRequest):
     """Elsewhere a program runs once or twice on tiny arrays, and compiling it is most of a test's
     time: LLVM optimizes little, and XLA makes the code of its fusions in the older of its two ways,
-    which takes a third as long. XLA's own passes (fusion, sharding, memory) are the same, but that
-    operations which stay alone are not wrapped."""
+    which takes a third as long, where it still has it (JAX 0.12 has not). XLA's own passes (fusion,
+    sharding, memory) are the same, but that operations which stay alone are not wrapped."""
     marked = request.node.get_closest_marker("quick") is not None
     quick = marked or request.path.parent.name not in OPTIMIZED
     if jax.config.read("jax_disable_most_optimizations") != quick:
@@ -68,7 +70,7 @@ def quick_compilation(request: pytest.FixtureRequest):
         return found
 
     with pytest.MonkeyPatch.context() as patch:
-        if quick:
+        if quick and xla_options.has(*FUSIONS_THE_OLDER_WAY):
             patch.setattr(compiler, "get_compile_options", options)
         yield
 

@@ -1,7 +1,7 @@
 """Paged optimizers: the same updates, with the state elsewhere."""
 
 import dataclasses
-from typing import get_args
+from typing import Any, get_args
 
 import jax
 import jax.numpy as jnp
@@ -16,6 +16,7 @@ from qlora_jax.lora import LoraWeights
 from qlora_jax.training.paged import host_shardings, is_paged
 from qlora_jax.training.pages import Cut, Whole, layout
 from qlora_jax.training.settings import OptimizerName, TrainSettings
+from tests import xla_options
 from tests.training import models
 
 pytestmark = pytest.mark.standard_promotion  # optax
@@ -57,7 +58,9 @@ def steps(optimizer, count=3):
     """
     params = parameters()
     state = optimizer.init(params)
-    options = {"xla_disable_hlo_passes": "algsimp", "xla_cpu_use_fusion_emitters": True}
+    options: dict[str, Any] = {"xla_disable_hlo_passes": "algsimp"}
+    if xla_options.has("xla_cpu_use_fusion_emitters", True):
+        options["xla_cpu_use_fusion_emitters"] = True
     update = jax.jit(optimizer.update, compiler_options=options)
     for i in range(count):
         grads = jax.tree.map(lambda x, i=i: jnp.sin(x * 37 + i) * 0.1, params)
