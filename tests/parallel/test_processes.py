@@ -18,7 +18,7 @@ from qlora_jax.parallel import distributed
 from tests.tiny import write_checkpoint
 
 ROOT = Path(__file__).resolve().parents[2]
-STEPS = "400"
+STEPS = "300"
 COMMAND = "from qlora_jax.cli import main; main()"
 
 
@@ -57,7 +57,7 @@ def start(folder: Path, output: Path, processes: int, *options: str) -> list[sub
 def finish(running: list[subprocess.Popen[str]]) -> list[str]:
     """What each process printed; all must exit 0."""
     try:
-        said = [process.communicate(timeout=300)[0] for process in running]
+        said = [process.communicate(timeout=600)[0] for process in running]
     finally:
         for process in running:
             process.kill()
