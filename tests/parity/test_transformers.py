@@ -92,7 +92,6 @@ def test_smollm2(tmp_path):
     text = "The capital of France is Paris, and 2 + 2 = 4.\nfor i in range(10): print(i)"
     ids = np.asarray([model.tokenizer(text)["input_ids"]], np.int32)
     given = Batch(ids, np.ones_like(ids), ids)
-    given = Batch(ids, np.ones_like(ids), ids)
     found, expected = logits(model, model.params, given)[0], peer_logits(peer, given)[0]
     difference = np.abs(found - expected).max(axis=-1)
     print(f"largest difference: {difference[0]:.2e} at the first token, {difference[1:].max():.2e}")
