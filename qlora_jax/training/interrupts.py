@@ -40,8 +40,8 @@ class Interrupts:
                 # None: a handler that was not installed from Python, and cannot be from here.
                 signal.signal(number, handler or signal.SIG_DFL)
 
-    def look(self, step: int) -> None:
-        """Called by every process after every step, counted alike."""
+    def agree(self, step: int) -> None:
+        """Several processes call this after every step, and note a signal after the same one."""
         # JAX_ENABLE_PREEMPTION_SERVICE=false leaves signals to somebody else.
         asked = self._several and jax.config.values["jax_enable_preemption_service"]
         if asked and multihost_utils.reached_preemption_sync_point(step):

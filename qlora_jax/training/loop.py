@@ -57,7 +57,7 @@ class Loop:
             self.state, measured = self.step(self.state, self.model.params, placed)
             real_tokens = self.stream.tokens_of(self.number)
             self.number += 1
-            self.interrupts.look(self.number)
+            self.interrupts.agree(self.number)
             self.log.dispatched(self.number, measured, real_tokens, self.stream.waited)
             self.checkpoints.check()
             stopping = self._last or bool(self.interrupts.caught) or self._stuck

@@ -11,11 +11,12 @@ from benchmarks.paged import MIB, measure
 from qlora_jax.training.paged import PAGE_BYTES
 from qlora_jax.training.settings import OptimizerName, TrainSettings
 
-OPTIMIZERS: tuple[OptimizerName, ...] = ("adamw", "adamw8bit", "lion")
+STATE: dict[OptimizerName, int] = {"adamw": 1200, "adamw8bit": 300, "lion": 600}
+"""MiB that each has at least, on the host."""
 
 
 def main(target: str) -> None:
-    for optimizer in OPTIMIZERS:
+    for optimizer, least in STATE.items():
         case = TrainSettings(optimizer=optimizer, paged=True)
         device, host, temporary, _ = measure(target, case, hidden=4096, layers=32, rank=64)
         print(
@@ -23,7 +24,7 @@ def main(target: str) -> None:
             f"{host / MIB:.0f} on the host, {temporary / MIB:.0f} of temporaries",
             flush=True,
         )
-        assert host > 300 * MIB and device == 0 and temporary <= 2 * PAGE_BYTES + MIB
+        assert host > least * MIB and device == 0 and temporary <= 2 * PAGE_BYTES + MIB
 
 
 if __name__ == "__main__":

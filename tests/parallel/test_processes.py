@@ -65,14 +65,17 @@ def finish(running: list[subprocess.Popen[str]]) -> list[str]:
     return said
 
 
-def train(*arguments: Any) -> list[str]:
+def train(folder: Path, output: Path, processes: int, *options: str) -> list[str]:
     """As `start`, to the end."""
-    return finish(start(*arguments))
+    return finish(start(folder, output, processes, *options))
+
+
+def metrics(output: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
 
 
 def losses(output: Path) -> list[float]:
-    lines = map(json.loads, (output / "metrics.jsonl").read_text().splitlines())
-    return [line.get("loss", line.get("eval_loss")) for line in lines]
+    return [line.get("loss", line.get("eval_loss")) for line in metrics(output)]
 
 
 def prepare(folder: Path) -> None:
@@ -92,11 +95,10 @@ def test_a_signal_to_one_process_ends_all_after_the_same_step(tmp_path: Path) ->
         time.sleep(0.1)
     running[1].send_signal(signal.SIGTERM)
     said = finish(running)
-    stopped = int(max(output.glob("step-*"), key=os.path.getmtime).name.removeprefix("step-"))
+    stopped = max(int(path.name.removeprefix("step-")) for path in output.glob("step-*"))
     assert f"interrupted after step {stopped} (SIGTERM)" in said[0] and stopped < int(STEPS)
-    finish(start(tmp_path, output, 2, *options, "--resume"))
-    lines = map(json.loads, (output / "metrics.jsonl").read_text().splitlines())
-    steps = [line["step"] for line in lines if "loss" in line]
+    train(tmp_path, output, 2, *options, "--resume")
+    steps = [line["step"] for line in metrics(output) if "loss" in line]
     assert steps == list(range(1, int(STEPS) + 1))
 
 
