@@ -80,8 +80,8 @@ def _scale_by_adam8bit(b1: float, b2: float, eps: float) -> optax.GradientTransf
             g = grad.astype(jnp.float32)
             if quantized:
                 g, mu, nu = _blocks(g), _dequantize(mu, True), _dequantize(nu, False)
-            mu = b1 * mu + (1 - b1) * g
-            nu = b2 * nu + (1 - b2) * g * g
+            mu = (1 - b1) * g + b1 * mu
+            nu = (1 - b2) * (g * g) + b2 * nu
             new = (mu / correction1) / (jnp.sqrt(nu / correction2) + eps)
             if quantized:
                 new = _unblocked(new, grad.shape)

@@ -15,6 +15,7 @@ from jax.core import Tracer
 from jax.sharding import NamedSharding, PartitionSpec
 
 from qlora_jax.errors import QloraError
+from qlora_jax.training.divisors import with_divisors
 from qlora_jax.training.pages import Layout, Whole, by_path, layout, some
 
 PAGE_BYTES = 2**25
@@ -37,7 +38,8 @@ class PagedState:
 def paged(
     optimizer: optax.GradientTransformation, page_bytes: int = PAGE_BYTES
 ) -> optax.GradientTransformationExtraArgs:
-    """`optimizer` with its state in pinned host memory; the arithmetic is the same.
+    """`optimizer` with its state in pinned host memory; updates are the same, to the bit where
+    XLA rounds alike (see `with_divisors`).
 
     During an update the state visits the device in pages, each of at most `page_bytes` (in fp32)
     together with the updates made from it, and no more than two are there at a time. Pages are rows
@@ -79,18 +81,27 @@ def paged(
         shared = by_path(jax.eval_shape(optimizer.init, some(tree, {})))
         shared = {path: _to_device(old[path]) for path in shared}
 
-        def step(given: dict[int, Any], own: _State, rows: Any = _all) -> tuple[_Leaves, _State]:
-            """Updates from gradients of some parameters, or rows of one, and their new state."""
+        def step(
+            given: dict[int, Any], own: _State, rows: Any = _all
+        ) -> tuple[_Leaves, _State, list[jax.Array]]:
+            """Updates from gradients of some parameters, or rows of one, their new state, and the
+            numbers that `with_divisors` finds."""
             tree_of = some(tree, given)
             inner = _filled(jax.eval_shape(optimizer.init, tree_of), shared | own)
             held = None
             if values is not None:
                 held = some(tree, {number: rows(values[number]) for number in given})
-            new, after = optimizer.update(tree_of, inner, held)
+            args = (tree_of, inner, held)
+            whose = (
+                True,
+                _filled(inner, dict.fromkeys(shared, False) | dict.fromkeys(own, True)),
+                True,
+            )
+            (new, after), divisors = with_divisors(optimizer.update, args, whose)
             if finite is not None:
                 after = jax.tree.map(functools.partial(jnp.where, finite), after, inner)
             leaves = tree.flatten_up_to(new)
-            return {number: leaves[number] for number in given}, by_path(after)
+            return {number: leaves[number] for number in given}, by_path(after), divisors
 
         new_state: _State = step({}, {})[1]
         zero = jnp.zeros((), jnp.int32)
@@ -131,8 +142,9 @@ def _at_once(
 
     def once(_: Any, carry: Any) -> Any:
         zero, given, own = carry
-        new, inner = step(given, dict(zip(paths, map(_to_device, own), strict=True)))
-        zero, new = jax.lax.optimization_barrier((zero, new))
+        page = dict(zip(paths, map(_to_device, own), strict=True))
+        new, inner, divisors = step(given, page)
+        zero, new, _ = jax.lax.optimization_barrier((zero, new, divisors))
         return zero, new, [_to_host(inner[path]) for path in paths]
 
     carry = (zero, given, list(own.values()))
@@ -153,14 +165,14 @@ def _in_pages(
         arriving = [_to_device(_rows(x, jnp.minimum(i, count - 1) * rows, rows)) for x in state]
         start = jnp.maximum(i - 1, 0) * rows
         old = _rows(gradient, start, rows)
-        new, inner = step(
+        new, inner, divisors = step(
             {number: old}, dict(zip(paths, page, strict=True)), lambda x: _rows(x, start, rows)
         )
         leaving = [inner[path] for path in paths]
         # Nothing is written before the next page is read: else XLA would copy all state, so that
         # the one does not disturb the other.
-        zero, update, leaving, arriving = jax.lax.optimization_barrier(
-            (zero, new[number], leaving, arriving)
+        zero, update, leaving, arriving, _ = jax.lax.optimization_barrier(
+            (zero, new[number], leaving, arriving, divisors)
         )
         if update.dtype != old.dtype:
             raise QloraError(

@@ -13,6 +13,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 import qlora_jax as qj
 from qlora_jax.data import batches
 from qlora_jax.lora import LoraWeights
+from qlora_jax.training.divisors import with_divisors
 from qlora_jax.training.paged import host_shardings, is_paged
 from qlora_jax.training.pages import Cut, Whole, layout
 from qlora_jax.training.settings import OptimizerName, TrainSettings
@@ -49,16 +50,18 @@ def parameters():
     }
 
 
-def steps(optimizer, count=3):
-    """Parameters and state after some updates.
+def large():
+    """Of a size whose moments adamw8bit keeps in 8 bits, in several pages."""
+    random = np.random.default_rng(3)
+    shapes = {"a": (3, 80, 64), "b": (3, 64, 90), "head": (96, 70), "scale": (64,)}
+    return {name: jnp.asarray(random.normal(size=x), jnp.float32) for name, x in shapes.items()}
 
-    Without XLA's algebraic simplification, which turns divisions by a number that several arrays
-    share into multiplications, and so rounds differently when they are in different programs; and
-    with fusions made as users have them (see conftest), which round alike in both.
-    """
-    params = parameters()
+
+def steps(optimizer, count=3, make=parameters):
+    """Parameters and state after some updates, with fusions made as users have them (conftest)."""
+    params = make()
     state = optimizer.init(params)
-    options: dict[str, Any] = {"xla_disable_hlo_passes": "algsimp"}
+    options: dict[str, Any] = {}
     if xla_options.has("xla_cpu_use_fusion_emitters", True):
         options["xla_cpu_use_fusion_emitters"] = True
     update = jax.jit(optimizer.update, compiler_options=options)
@@ -80,6 +83,29 @@ def test_updates_are_those_of_the_optimizer_to_the_bit(name):
     expected, _ = steps(optimizer)
     assert len(state.layout) > 2 and on_host(state)
     jax.tree.map(np.testing.assert_array_equal, found, expected)
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_many_updates_of_large_parameters_too(name):
+    optimizer = OPTIMIZERS[name]
+    found, state = steps(qj.paged(optimizer, 50_000), 20, large)
+    expected, _ = steps(optimizer, 20, large)
+    assert len(state.layout) > 2
+    jax.tree.map(np.testing.assert_array_equal, found, expected)
+
+
+def test_a_number_that_divides_one_parameter_alone_is_not_shared():
+    """The mean of a gradient is its own, the count is every parameter's."""
+
+    def update(grads, count):
+        correction = 1 - 0.9 ** (count + 1)
+        return [g / correction / jnp.mean(g) for g in grads], count + 1
+
+    grads, count = [jnp.arange(1.0, 7.0), jnp.arange(3.0, 9.0)], jnp.array(2)
+    (updates, after), divisors = with_divisors(update, (grads, count), (True, False))
+    assert divisors and int(after) == 3
+    np.testing.assert_allclose(divisors, [1 - 0.9**3] * len(divisors), rtol=1e-6)
+    jax.tree.map(np.testing.assert_array_equal, updates, update(grads, count)[0])
 
 
 def test_pages_hold_every_parameter_and_are_bounded():
