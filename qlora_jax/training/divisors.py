@@ -30,15 +30,15 @@ def with_divisors(
         Dependence(frozenset({0} if mine else ()))
         for mine in jax.tree.leaves(jax.tree.broadcast(own, args))
     ]
-    sources = dependences(jaxpr.replace(outvars=list(found)), owned)
-    shared = [var for var, found in zip(found, sources, strict=True) if not found.sources]
+    origins = dependences(jaxpr.replace(outvars=list(found)), owned)
+    shared = [var for var, origin in zip(found, origins, strict=True) if not origin.sources]
     wider = core.ClosedJaxpr(jaxpr.replace(outvars=[*jaxpr.outvars, *shared]), closed.consts)
     out = core.jaxpr_as_fun(wider)(*jax.tree.leaves(args))
     count = len(jaxpr.outvars)
     return jax.tree.unflatten(jax.tree.structure(shape), out[:count]), out[count:]
 
 
-def _divides_an_array(eqn: core.JaxprEqn) -> bool:
+def _divides_an_array(eqn: Any) -> bool:
     if eqn.primitive.name != "div":
         return False
     divisor = eqn.invars[1]

@@ -92,12 +92,8 @@ def paged(
             if values is not None:
                 held = some(tree, {number: rows(values[number]) for number in given})
             args = (tree_of, inner, held)
-            whose = (
-                True,
-                _filled(inner, dict.fromkeys(shared, False) | dict.fromkeys(own, True)),
-                True,
-            )
-            (new, after), divisors = with_divisors(optimizer.update, args, whose)
+            whose = jax.tree_util.tree_map_with_path(lambda path, _: path in own, inner)
+            (new, after), divisors = with_divisors(optimizer.update, args, (True, whose, True))
             if finite is not None:
                 after = jax.tree.map(functools.partial(jnp.where, finite), after, inner)
             leaves = tree.flatten_up_to(new)

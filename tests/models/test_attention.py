@@ -10,7 +10,7 @@ import pytest
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from qlora_jax.errors import QloraError
-from qlora_jax.models import attention, attention_splash, attention_xla
+from qlora_jax.models import attention, attention_cudnn, attention_splash, attention_xla
 from qlora_jax.models.attention import use_attention
 from qlora_jax.models.masks import Mask
 from qlora_jax.models.split import Split, split_over
@@ -18,17 +18,19 @@ from qlora_jax.models.split import Split, split_over
 B, H, HKV, DH = 2, 4, 2, 16
 
 
-def inputs(time, dtype=jnp.float32):
+def inputs(time, dtype=jnp.float32, width=DH):
     """q, k, v, and what the output is multiplied by to make a loss."""
     keys = jax.random.split(jax.random.key(time), 4)
     heads = (H, HKV, HKV, H)
     return [
-        jax.random.normal(key, (B, time, h, DH), dtype) for key, h in zip(keys, heads, strict=True)
+        jax.random.normal(key, (B, time, h, width), dtype)
+        for key, h in zip(keys, heads, strict=True)
     ]
 
 
 def plain(q, k, v, mask, scale=DH**-0.5, softcap=None):
-    """Whole matrices."""
+    """Whole matrices, in fp32."""
+    q, k, v = (x.astype(jnp.float32) for x in (q, k, v))
     k, v = (jnp.repeat(x, H // HKV, axis=2) for x in (k, v))
     scores = jnp.einsum("bthd,bshd->bhts", q, k) * scale
     if softcap:
@@ -69,9 +71,10 @@ def masks(time):
     }
 
 
-def check(attend, time, mask, softcap=None):
-    """Values and gradients are those of `plain`; what padding sees is left out."""
-    q, k, v, w = inputs(time)
+def check(attend, time, mask, softcap=None, dtype=jnp.float32, width=DH, bound=1e-5):
+    """Values and gradients are those of `plain`, within `bound` of its largest (which is about 1);
+    what padding sees is left out."""
+    q, k, v, w = inputs(time, dtype, width)
     live = jnp.ones((B, time), bool) if mask.valid is None else mask.valid
     live = live[:, :, None, None]
 
@@ -83,7 +86,8 @@ def check(attend, time, mask, softcap=None):
         return jax.jit(jax.grad(loss, (0, 1, 2), has_aux=True))(q, k, v)
 
     for ours, expected in zip(*(jax.tree.leaves(results(f)) for f in (attend, plain)), strict=True):
-        np.testing.assert_allclose(ours, expected, atol=1e-5)
+        ours, expected = (np.asarray(x, np.float32) for x in (ours, expected))
+        np.testing.assert_allclose(ours, expected, atol=bound * max(1, np.abs(expected).max()))
 
 
 @pytest.mark.parametrize(
@@ -105,6 +109,19 @@ def test_splash_equals_whole_matrices(kind, time, softcap):
     """In the interpreter: 330 tokens fill three tiles of keys but for a rest."""
     splash = functools.partial(attention_splash.attend, interpret=True)
     check(splash, time, masks(time)[kind], softcap)
+
+
+@pytest.mark.skipif(
+    attention_cudnn.unavailable() is not None,
+    reason=f"cuDNN's attention: {attention_cudnn.unavailable()}",
+)
+@pytest.mark.parametrize(
+    ("time", "width", "dtype"), [(34, 64, "bfloat16"), (510, 128, "bfloat16"), (256, 16, "float16")]
+)
+@pytest.mark.parametrize("kind", masks(45))
+def test_cudnn_equals_whole_matrices(kind, time, width, dtype):
+    mask = masks(time)[kind]
+    check(attention_cudnn.attend, time, mask, dtype=jnp.dtype(dtype), width=width, bound=0.02)
 
 
 def test_each_device_attends_to_its_own_sequences_and_heads():
