@@ -1,5 +1,6 @@
 """The peer: PEFT on a bitsandbytes 4-bit model of transformers."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -82,6 +83,20 @@ def prepare_steps(
     return base, _step(peft.get_peft_model(base, adapter), device, dtype)
 
 
+def save_tokenizer(folder: Path, vocabulary: int) -> None:
+    """A tokenizer that knows so many words beside the model: Unsloth does not load one without."""
+    import tokenizers
+    import transformers
+
+    special = {"unk_token": "<unk>", "bos_token": "<s>", "eos_token": "</s>", "pad_token": "<pad>"}
+    words = [*special.values(), *(f"w{i}" for i in range(len(special), vocabulary))]
+    numbers = {word: number for number, word in enumerate(words)}
+    made = tokenizers.Tokenizer(tokenizers.models.WordLevel(numbers, unk_token="<unk>"))
+    made.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    fast = transformers.PreTrainedTokenizerFast(tokenizer_object=made, **special)
+    fast.save_pretrained(folder)
+
+
 def prepare_unsloth(
     folder: Path,
     batch: int,
@@ -92,18 +107,21 @@ def prepare_unsloth(
     dtype: Any,
     checkpointing: bool,
 ) -> Any:
-    """As `prepare`, by Unsloth's own kernels."""
+    """As `prepare`, by Unsloth's own kernels. Its checkpointing moves activations to the host."""
     import unsloth
 
+    save_tokenizer(folder, json.loads((folder / "config.json").read_text())["vocab_size"])
+    how = "unsloth" if checkpointing else False
     base, _ = unsloth.FastLanguageModel.from_pretrained(
-        str(folder), max_seq_length=time, dtype=dtype, load_in_4bit=True
+        str(folder),
+        max_seq_length=time,
+        dtype=dtype,
+        load_in_4bit=True,
+        use_gradient_checkpointing=how,
+        use_exact_model_name=True,
     )
     model = unsloth.FastLanguageModel.get_peft_model(
-        base,
-        r=rank,
-        lora_alpha=2 * rank,
-        lora_dropout=0.0,
-        use_gradient_checkpointing="unsloth" if checkpointing else False,
+        base, r=rank, lora_alpha=2 * rank, lora_dropout=0.0, use_gradient_checkpointing=how
     )
     return _on_tokens(base, _step(model, device, dtype), batch, time)
 
