@@ -7,10 +7,14 @@ import numpy as np
 
 
 class Peer:
-    """bitsandbytes on the same weights; on a GPU its calls are recorded once as a CUDA graph."""
+    """bitsandbytes on the same weights; on a GPU its calls are recorded once as a CUDA graph, which
+    is started `starts` times before it is waited for."""
 
-    def __init__(self, dense: list[Any], device: str, torch: Any, functional: Any) -> None:
+    def __init__(
+        self, dense: list[Any], device: str, starts: int, torch: Any, functional: Any
+    ) -> None:
         self.torch, self.functional, self.device = torch, functional, device
+        self.starts = starts
         self.dtype = torch.float32 if device == "cpu" else torch.bfloat16
         self.dense = [
             torch.from_numpy(np.array(w.T, np.float32)).to(device, self.dtype) for w in dense
@@ -18,7 +22,7 @@ class Peer:
         self.packed = [self.quantize(w, True) for w in self.dense]
 
     @classmethod
-    def of(cls, dense: list[Any], platform: str) -> "Peer | None":
+    def of(cls, dense: list[Any], platform: str, starts: int) -> "Peer | None":
         try:
             import bitsandbytes.functional as functional
             import torch
@@ -27,7 +31,7 @@ class Peer:
         device = {"cpu": "cpu", "gpu": "cuda"}.get(platform)
         if device is None or (device == "cuda" and not torch.cuda.is_available()):
             return None
-        return cls(dense, device, torch, functional)
+        return cls(dense, device, starts, torch, functional)
 
     def quantize(self, w: Any, double: bool) -> Any:
         return self.functional.quantize_4bit(
@@ -65,7 +69,8 @@ class Peer:
     def synchronized(self, run: Callable[[], None]) -> Callable[[], None]:
         def plainly() -> None:
             with self.torch.no_grad():
-                run()
+                for _ in range(self.starts):
+                    run()
             if self.device != "cpu":
                 self.torch.cuda.synchronize()
 
@@ -84,7 +89,8 @@ class Peer:
             run()
 
         def replay() -> None:
-            graph.replay()
+            for _ in range(self.starts):
+                graph.replay()
             self.torch.cuda.synchronize()
 
         return replay

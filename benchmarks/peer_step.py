@@ -37,8 +37,11 @@ def save_random(config: dict[str, Any], folder: Path) -> None:
     transformers.utils.logging.disable_progress_bar()
     torch.manual_seed(0)
     made = transformers.AutoConfig.for_model(**config)
-    model = transformers.AutoModelForCausalLM.from_config(made, dtype=torch.bfloat16)
+    with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
+        model = transformers.AutoModelForCausalLM.from_config(made, dtype=torch.bfloat16)
     model.save_pretrained(folder)
+    del model
+    torch.cuda.empty_cache()  # it is for those that read the folder
 
 
 def prepare(folder: Path, batch: int, time: int, rank: int, **how: Any) -> Any:

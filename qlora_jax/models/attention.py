@@ -82,14 +82,12 @@ class Attention(nnx.Module):
 
 class Kernel(NamedTuple):
     """A flash attention: `attend` as below, the only platform on which it runs, why it does not on
-    this machine (None: it does), why it does not take such a q, k, mask and softcap, and whether
-    the platform chooses it; otherwise only its name does."""
+    this machine (None: it does), and why it does not take such a q, k, mask and softcap."""
 
     attend: Callable[..., jax.Array]
     platform: str
     unavailable: Callable[[], str | None]
     unsupported: Callable[[jax.Array, jax.Array, Mask, float | None], str | None]
-    by_default: bool
 
 
 KERNELS = {
@@ -98,15 +96,12 @@ KERNELS = {
         "tpu",
         attention_splash.unavailable,
         attention_splash.unsupported,
-        by_default=True,
     ),
-    # By name: which of these attentions it has, cuDNN itself decides, and only on the device.
     "cudnn": Kernel(
         attention_cudnn.attend,
         "cuda",
         attention_cudnn.unavailable,
         attention_cudnn.unsupported,
-        by_default=False,
     ),
 }
 assert {"xla", *KERNELS} == set(get_args(AttentionImplementation))
@@ -158,9 +153,7 @@ def attend(
     here = {
         kernel.platform: functools.partial(kernel.attend, **how)
         for kernel in KERNELS.values()
-        if kernel.by_default
-        and not kernel.unavailable()
-        and not kernel.unsupported(q, k, mask, softcap)
+        if not kernel.unavailable() and not kernel.unsupported(q, k, mask, softcap)
     }
     if not here:
         return attention_xla.attend(q, k, v, mask, **how)

@@ -14,8 +14,8 @@ from qlora_jax.plan import abstract
 from qlora_jax.plan.compiling import Compiled, Compiler
 from qlora_jax.plan.devices import GPUS, Device
 from qlora_jax.plan.search import Largest, largest
-from qlora_jax.plan.worker import decoded
 from qlora_jax.plan.workload import Workload, context
+from qlora_jax.training.estimate import DECODED
 from qlora_jax.training.footprint import Footprint
 
 MOST_BATCH = 4096
@@ -76,7 +76,7 @@ def by_formula(workload: Workload, device: Device, implementation: str | None = 
         axes = workload.axes(device.count)
         mesh: Any = AbstractMesh(tuple(axes.values()), tuple(axes))
         where = Layout.of(mesh, workload.config())
-    return abstract.of_workload(workload).estimate(where, decoded=decoded(implementation))
+    return abstract.of_workload(workload).estimate(where, decoded=DECODED[implementation])
 
 
 class Planner:

@@ -27,6 +27,7 @@ from qlora_jax.plan import abstract
 from qlora_jax.plan.devices import Device, find
 from qlora_jax.plan.workload import Workload
 from qlora_jax.quant.implementations import use_implementation
+from qlora_jax.training.estimate import DECODED
 
 EXHAUSTED = "RESOURCE_EXHAUSTED"
 """How XLA begins to say that a program does not fit; the TPU compiler says it of itself."""
@@ -58,7 +59,7 @@ def compile_step(workload: Workload, device: Device) -> dict[str, Any]:
         chosen = implementation
         break
     assert lowered is not None  # xla takes everything
-    estimated = shapes.estimate(where, decoded=decoded(chosen))
+    estimated = shapes.estimate(where, decoded=DECODED[chosen])
     answer: dict[str, Any] = {
         "implementation": chosen,
         "estimate": dataclasses.asdict(estimated),
@@ -121,12 +122,6 @@ def placement(workload: Workload, device: Device) -> Sharding | Layout:
     if len(devices) == 1:
         return SingleDeviceSharding(devices[0])
     return Layout.of(make_mesh(workload.mesh, devices), workload.config())
-
-
-def decoded(implementation: str) -> int:
-    """How many dense weights there are at a time: XLA decodes them ahead of their products, kernels
-    on the way."""
-    return 3 if implementation == "xla" else 0
 
 
 def implementations(device: Device) -> tuple[Any, ...]:

@@ -8,7 +8,7 @@ import jax
 from qlora_jax.models.remat import RematPolicy
 from qlora_jax.parallel import Layout
 from qlora_jax.quant import backends
-from qlora_jax.training.estimate import estimate
+from qlora_jax.training.estimate import DECODED, estimate
 from qlora_jax.training.footprint import count
 from qlora_jax.training.settings import TrainSettings
 from qlora_jax.training.step import TrainState
@@ -93,6 +93,8 @@ def choose(
 
 
 def decoded_here() -> int:
-    """How many weights XLA decodes ahead of their products on this machine's devices."""
+    """How many weights are dense at a time on this machine's devices."""
     kernels = {"tpu": "pallas_tpu", "gpu": "cuda"}.get(jax.default_backend())
-    return 0 if kernels is not None and backends()[kernels] == "available" else 3
+    if kernels is None or backends()[kernels] != "available":
+        kernels = "xla"
+    return DECODED[kernels]

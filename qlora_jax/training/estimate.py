@@ -67,6 +67,11 @@ def kept(loss: Any, state: TrainState, params: Any, batch: Any) -> Kept:
     return Kept(device, host, layer)
 
 
+DECODED = {"xla": 3, "cuda": 1, "pallas_tpu": 0, "pallas_gpu": 0}
+"""Implementation of 4-bit products -> how many weights are dense at a time. XLA decodes them ahead
+of their products, the CUDA kernels one for a product with many rows, the others on the way."""
+
+
 def estimate(
     model: Any,
     state: TrainState,
@@ -83,8 +88,7 @@ def estimate(
     model    a `Model` or its like; state and batch: as of its step, all of it
     counted  its arguments' part, as `count` finds it of what one device holds
     remat    the policy, accumulate the micro-batches of the step
-    decoded  how many weights, or pieces of large ones, are dense at a time: 3 where XLA decodes
-             them ahead of their products, 0 where kernels do it on the way
+    decoded  how many weights, or pieces of large ones, are dense at a time: see `DECODED`
     rows     devices that the rows of a batch are split over
     """
     micro = batch if accumulate == 1 else jax.tree.map(_first, batch)

@@ -73,8 +73,8 @@ class TrainSettings:
     what comes out of products (dots), of those only the narrow ones (names), only its input (full:
     least memory, a third more time), or the narrow ones in the host's memory (offload)."""
     attention: AttentionImplementation | None = None
-    """Of decoders: xla, splash (TPU) or cudnn (NVIDIA GPUs, where it is far faster, but takes bf16
-    only); None: splash on a TPU, else xla."""
+    """Of decoders: xla, splash (TPU) or cudnn (NVIDIA GPUs, bf16 and fp16). None: the kernels of
+    the device at hand where they take the model's attention, else xla."""
     memory: Literal["manual", "auto"] = "manual"
     """auto: choose `remat` and `paged` at the start, the fastest that fit the device by the formula
     of `qlora-jax plan`."""

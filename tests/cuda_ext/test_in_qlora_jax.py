@@ -26,7 +26,7 @@ def weight(config=None):
 
 @pytest.mark.usefixtures("kernels")
 @pytest.mark.parametrize("config", [qj.NF4(), qj.FP4(32, False)], ids=str)
-@pytest.mark.parametrize("m", [3, 40])
+@pytest.mark.parametrize("m", [3, 40, 130])
 def test_product_and_gradient(m, config):
     w = weight(config)
     x = jax.random.normal(jax.random.key(1), (m, K), jnp.bfloat16)

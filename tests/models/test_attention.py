@@ -80,8 +80,9 @@ def check(attend, time, mask, softcap=None, dtype=jnp.float32, width=DH, bound=1
 
     def results(attend):
         def loss(q, k, v):
-            out = jnp.where(live, attend(q, k, v, mask, scale=0.3, softcap=softcap), 0)
-            return jnp.sum(out * w), out
+            out = attend(q, k, v, mask, scale=0.3, softcap=softcap).astype(jnp.float32)
+            out = jnp.where(live, out, 0)
+            return jnp.sum(out * w.astype(jnp.float32)), out
 
         return jax.jit(jax.grad(loss, (0, 1, 2), has_aux=True))(q, k, v)
 
