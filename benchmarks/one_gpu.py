@@ -121,10 +121,11 @@ def child(case: Case, steps: int, attention: Any) -> dict[str, Any]:
     planned = abstract.of_workload(work)
     rates = copy_rates() if case.paged else None
     params = random_params(planned.model.params, jax.random.key(0))
-    adapters = qj.lora.init(jax.random.key(1), params, work.lora)
     optimizer = work.training.make_optimizer(1000)
-    state = qj.TrainState.create(adapters, optimizer, jax.random.key(2))
-    del adapters
+    # Nobody else holds the adapters: see `TrainState.create`.
+    state = qj.TrainState.create(
+        qj.lora.init(jax.random.key(1), params, work.lora), optimizer, jax.random.key(2)
+    )
     shape = (case.batch, case.time)
     ids = jax.random.randint(jax.random.key(3), shape, 0, work.config().vocab_size, jnp.int32)
     batch = {"input_ids": ids, "labels": ids, "attention_mask": jnp.ones_like(ids)}

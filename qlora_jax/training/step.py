@@ -46,7 +46,13 @@ class TrainState:
         key: jax.Array | None = None,
     ) -> "TrainState":
         """The state before the first step; a copy of the adapters, since steps donate the state."""
-        adapters = jax.tree.map(jnp.array, adapters)
+        leaves, tree = jax.tree.flatten(adapters)
+        # One by one, so that those which nobody else holds make room for copies of the next. Going
+        # all at once they would leave a hole, and a step needs its room in one piece.
+        del adapters
+        for number, leaf in enumerate(leaves):
+            leaves[number] = jnp.array(leaf)
+        adapters = tree.unflatten(leaves)
         trained, _ = _apart(adapters)
         state = cls(
             adapters=adapters,

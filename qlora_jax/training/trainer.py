@@ -117,7 +117,7 @@ def fit(
 
     def start(adapters: lora.Adapters | None, params: Any, keys: Any) -> TrainState:
         if adapters is None:
-            adapters = lora.init(keys[0], params, config)
+            return TrainState.create(lora.init(keys[0], params, config), transform, keys[1])
         return TrainState.create(adapters, transform, keys[1])
 
     if settings.memory == "auto":
