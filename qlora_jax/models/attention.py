@@ -82,12 +82,14 @@ class Attention(nnx.Module):
 
 class Kernel(NamedTuple):
     """A flash attention: `attend` as below, the only platform on which it runs, why it does not on
-    this machine (None: it does), and why it does not take such a q, k, mask and softcap."""
+    this machine (None: it does), why it does not take such a q, k, mask and softcap, and whether
+    it takes so much memory for such a q and mask that it has to be named."""
 
     attend: Callable[..., jax.Array]
     platform: str
     unavailable: Callable[[], str | None]
     unsupported: Callable[[jax.Array, jax.Array, Mask, float | None], str | None]
+    wasteful: Callable[[jax.Array, Mask], bool] = lambda *_: False
 
 
 KERNELS = {
@@ -102,6 +104,7 @@ KERNELS = {
         "cuda",
         attention_cudnn.unavailable,
         attention_cudnn.unsupported,
+        attention_cudnn.wasteful,
     ),
 }
 assert {"xla", *KERNELS} == set(get_args(AttentionImplementation))
@@ -153,7 +156,9 @@ def attend(
     here = {
         kernel.platform: functools.partial(kernel.attend, **how)
         for kernel in KERNELS.values()
-        if not kernel.unavailable() and not kernel.unsupported(q, k, mask, softcap)
+        if not kernel.unavailable()
+        and not kernel.unsupported(q, k, mask, softcap)
+        and not kernel.wasteful(q, mask)
     }
     if not here:
         return attention_xla.attend(q, k, v, mask, **how)

@@ -12,6 +12,9 @@ import jax.numpy as jnp
 
 from qlora_jax.models.masks import Mask
 
+MASK_BYTES = 2**31
+"""What a mask and its gradient may take without being asked for: 2 x 16384 tokens, packed."""
+
 
 def unavailable() -> str | None:
     """Why the kernels do not run on this machine; None where they do."""
@@ -39,6 +42,12 @@ def unsupported(q: jax.Array, k: jax.Array, mask: Mask, softcap: float | None) -
     if mask.groups() is not None and q.shape[1] % 2:
         return f"with padding or packing T must be even, got {q.shape[1]}"
     return None
+
+
+def wasteful(q: jax.Array, mask: Mask) -> bool:
+    """Whether the mask and its gradient would take more than `MASK_BYTES`."""
+    batch, time = q.shape[:2]
+    return mask.groups() is not None and 2 * batch * time**2 * q.dtype.itemsize > MASK_BYTES
 
 
 def attend(

@@ -186,6 +186,28 @@ def test_the_platform_decides_when_lowering(monkeypatch):
 
 
 @pytest.mark.parametrize(
+    ("time", "packed", "taken"), [(256, False, True), (256, True, True), (24_000, True, False)]
+)
+def test_cudnn_is_chosen_unless_its_mask_is_large(time, packed, taken, monkeypatch):
+    """As it would be with a GPU at hand."""
+    chosen = []
+
+    def attend(q, k, v, mask, **how):
+        chosen.append(mask)
+        return q
+
+    here = attention.KERNELS["cudnn"]._replace(unavailable=lambda: None, attend=attend)
+    monkeypatch.setitem(attention.KERNELS, "cudnn", here)
+    q, k, _, _ = (jax.ShapeDtypeStruct(x.shape, jnp.bfloat16) for x in inputs(time))
+    mask = Mask(segment_ids=documents(time, 9)) if packed else Mask()
+    jax.eval_shape(lambda q, k: attention.attend(q, k, k, mask), q, k)
+    assert bool(chosen) is taken
+    with use_attention("cudnn"):
+        jax.eval_shape(lambda q, k: attention.attend(q, k, k, mask), q, k)
+    assert chosen
+
+
+@pytest.mark.parametrize(
     ("name", "dtype", "time", "softcap", "mask", "why"),
     [
         ("splash", jnp.float16, 256, None, Mask(), "bfloat16 or float32, got float16"),
