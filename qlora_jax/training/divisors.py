@@ -20,10 +20,11 @@ def with_divisors(
     """`function(*args)`, and the numbers by which it divides arrays but which come from no `own`
     argument: handed on to something that XLA does not see through, they have another use.
 
-    own: whether it is of some parameter, for each leaf of `args` or part of them. Divisions in
-    functions that are jitted for themselves are not looked for.
+    own: whether it is of some parameter, for each leaf of `args` or part of them.
     """
-    closed, shape = jax.make_jaxpr(function, return_shape=True)(*args)
+    # Functions jitted for themselves, such as optax's bias correction, are traced as they stand.
+    with jax.disable_jit():
+        closed, shape = jax.make_jaxpr(function, return_shape=True)(*args)
     jaxpr = closed.jaxpr
     found = dict.fromkeys(eqn.invars[1] for eqn in jaxpr.eqns if _divides_an_array(eqn))
     owned = [

@@ -61,9 +61,10 @@ def test_vmap_reads_the_weight_once_for_all():
 
 @pytest.mark.usefixtures("kernels")
 @pytest.mark.skipif(jax.device_count() < 8, reason="a mesh of eight devices")
-@pytest.mark.parametrize("m", [8, 64])
+@pytest.mark.parametrize("m", [8, 64, 512])
 def test_on_a_mesh(m):
-    """Eight rows a device and fewer: double-quantized scales are found by their place."""
+    """Up to 16 rows a device, double-quantized scales are found by their place; from 128 on, the
+    weight is written dense."""
     mesh = Mesh(np.array(jax.devices()).reshape(4, 2), ("data", "model"))
     w = weight()
     put = lambda a, *spec: jax.device_put(a, NamedSharding(mesh, P(*spec)))  # noqa: E731
