@@ -10,7 +10,6 @@ them.
 import argparse
 import statistics
 import time
-from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -22,25 +21,17 @@ from qlora_jax.models.masks import Mask
 DOCUMENTS = 8
 
 
-def gradient(implementation: Any, packed: bool) -> Callable[..., Any]:
-    """A jitted function of q, k, v [B, T, H, Dh]: gradients of their attention's squares."""
+def compiled(implementation: Any, packed: bool, *qkv: jax.Array) -> Any:
+    """A program of q, k, v [B, T, H, Dh]: the gradients of the squares of their attention."""
 
-    @jax.jit
-    def run(q: jax.Array, k: jax.Array, v: jax.Array) -> Any:
+    def loss(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
         batch, length = q.shape[:2]
         ids = jnp.broadcast_to(jnp.arange(length) * DOCUMENTS // length, (batch, length))
         mask = Mask(segment_ids=ids) if packed else Mask()
+        return jnp.sum(attend(q, k, v, mask).astype(jnp.float32) ** 2)
 
-        def loss(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
-            return jnp.sum(attend(q, k, v, mask).astype(jnp.float32) ** 2)
-
-        return jax.grad(loss, (0, 1, 2))(q, k, v)
-
-    def call(q: jax.Array, k: jax.Array, v: jax.Array) -> Any:
-        with use_attention(implementation):
-            return run.lower(q, k, v).compile()
-
-    return call
+    with use_attention(implementation):
+        return jax.jit(jax.grad(loss, (0, 1, 2))).lower(*qkv).compile()
 
 
 def main() -> None:
@@ -62,7 +53,7 @@ def main() -> None:
             for key in jax.random.split(jax.random.key(0), 3)
         )
         for packed in (False, True):
-            programs = {name: gradient(name, packed)(q, k, v) for name in ("xla", *here)}
+            programs = {name: compiled(name, packed, q, k, v) for name in ("xla", *here)}
             taken: dict[str, list[float]] = {name: [] for name in programs}
             for turn in range(options.repeats + 1):
                 for name, program in programs.items():

@@ -15,6 +15,7 @@ host      GiB/s from pinned host memory and back, of arrays of 64 MiB: what pagi
 
 import argparse
 import dataclasses
+import functools
 import json
 import os
 import statistics
@@ -30,10 +31,14 @@ USUAL = ("65B:1x512:offload", "65B:1x512:paged", "65B:1x2048:paged")
 WARM_UP = 2
 
 
+# JAX is imported where a case runs: the process that starts them leaves the device to them.
+
+
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """One step to be measured, from MODEL:BxT[:WORD...]."""
+    """One step to be measured, and MODEL:BxT[:WORD...] that names it."""
 
+    text: str
     model: str
     batch: int
     time: int
@@ -47,14 +52,12 @@ class Case:
             raise argparse.ArgumentTypeError(f"{model!r}: expected one of {', '.join(MODELS)}")
         batch, time = map(int, shape.split("x"))
         policies = [word for word in words if word != "paged"] or ["full"]
-        return cls(model, batch, time, "paged" in words, policies[0])
+        return cls(text, model, batch, time, "paged" in words, policies[0])
 
 
 def random_params(abstract: Any, key: Any) -> Any:
     """Parameters of those shapes on the default device: matrices and embeddings of deviation 0.02,
     norms of ones. A layer at a time, as random bits take several times the room of 4-bit codes."""
-    import functools
-
     import jax
     import jax.numpy as jnp
 
@@ -154,14 +157,14 @@ def device_bytes() -> int:
     return int(text.split()[0]) * 2**20
 
 
-def run(text: str, options: argparse.Namespace) -> dict[str, Any]:
+def run(case: Case, options: argparse.Namespace) -> dict[str, Any]:
     """`child` in a fresh interpreter with a pool of its own; one that fails is a result too."""
     fraction = options.pool * GIB / device_bytes()
     env = os.environ | {
         "XLA_PYTHON_CLIENT_PREALLOCATE": "true",
         "XLA_PYTHON_CLIENT_MEM_FRACTION": f"{fraction:.4f}",
     }
-    command = [sys.executable, "-m", "benchmarks.one_gpu", "--child", text]
+    command = [sys.executable, "-m", "benchmarks.one_gpu", "--child", case.text]
     command += ["--steps", str(options.steps)]
     command += ["--attention", options.attention] if options.attention else []
     done = subprocess.run(command, capture_output=True, check=False, text=True, env=env)
@@ -173,24 +176,29 @@ def run(text: str, options: argparse.Namespace) -> dict[str, Any]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0] if __doc__ else None)
-    parser.add_argument("--cases", nargs="+", default=list(USUAL), metavar="MODEL:BxT[:paged]")
+    parser.add_argument(
+        "--cases",
+        nargs="+",
+        type=Case.parse,
+        default=[Case.parse(text) for text in USUAL],
+        metavar="MODEL:BxT[:paged]",
+    )
     parser.add_argument("--pool", type=float, default=46.0, help="GiB of the device for JAX")
     parser.add_argument("--attention", help="xla or cudnn (default: the platform's)")
     parser.add_argument("--steps", type=int, default=5, help="timed steps of each process")
-    parser.add_argument("--child", help=argparse.SUPPRESS)
+    parser.add_argument("--child", type=Case.parse, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.child:
-        print(json.dumps(child(Case.parse(options.child), options.steps, options.attention)))
+        print(json.dumps(child(options.child, options.steps, options.attention)))
         return
 
-    cases = {text: Case.parse(text) for text in options.cases}
     print(
         "| LLaMA | batch | AdamW | remat | tokens/s | s a step | peak GiB | of a pool of ", end=""
     )
     print("| host, GiB/s | compile, s | loss, first and last |")
     print("|---" * 11 + "|")
-    for text, case in cases.items():
-        found = run(text, options)
+    for case in options.cases:
+        found = run(case, options)
         paging = "paged" if case.paged else "on the device"
         label = f"| {case.model} | {case.batch} x {case.time} | {paging} | {case.remat} |"
         if "failed" in found:
