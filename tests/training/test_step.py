@@ -164,16 +164,12 @@ def test_loops_of_ones_own_get_the_same_update():
 
 def test_copies_take_the_place_of_adapters_that_nobody_else_holds(monkeypatch):
     """At no time are there two of more than one."""
-    shape, counts, copy = (3, 5), [], jnp.array
-
-    def alive():
-        return sum(x.shape == shape for x in jax.live_arrays())
+    shape, counts, copy = (1, 3, 5, 7), [], jnp.array  # of no other test
 
     def counting(x):
-        counts.append(alive() - before)
+        counts.append(sum(x.shape == shape for x in jax.live_arrays()))
         return copy(x)
 
-    before = alive()
     monkeypatch.setattr(jnp, "array", counting)
     state = qj.TrainState.create({f"{i}": jnp.ones(shape) for i in range(4)}, optax.sgd(0.1))
     assert len(state.adapters) == 4 and counts[:4] == [4] * 4
