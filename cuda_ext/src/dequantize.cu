@@ -8,7 +8,9 @@ namespace qlora {
 namespace {
 
 constexpr int kThreads = 256;
-constexpr int kColumns = 16, kByteRows = 8;  // of a thread: one block's scales serve all its rows
+// Of a thread: one block's scales serve all its rows, and what a warp stores at a time is one piece
+// of a row, whole sectors of memory.
+constexpr int kColumns = 8, kByteRows = 8;
 
 template <Dtype D>
 __global__ void __launch_bounds__(kThreads) dense_rows(const Weight w, unsigned char* dense) {
@@ -20,22 +22,22 @@ __global__ void __launch_bounds__(kThreads) dense_rows(const Weight w, unsigned 
   const size_t index = size_t(blockIdx.x) * kThreads + threadIdx.x;
   const int column = index % across * kColumns, byte_row = int(index / across) * kByteRows;
   if (byte_row >= w.byte_rows) return;
-  float scales[2][8];
-  read_scales(w, byte_row, column, scales[0]);
-  read_scales(w, byte_row, column + 8, scales[1]);
+  // All at once: the compiler would not move a load ahead of a store that might change it.
+  uint2 bytes[kByteRows];
+#pragma unroll
+  for (int i = 0; i < kByteRows; ++i) {
+    bytes[i] = load_streaming<uint2>(w.codes + size_t(byte_row + i) * w.n + column);
+  }
+  float scales[kColumns];
+  read_scales(w, byte_row, column, scales);
   constexpr size_t kSize = D == Dtype::f32 ? 4 : 2;
 #pragma unroll
   for (int i = 0; i < kByteRows; ++i) {
-    const uint4 bytes = load_streaming(w.codes + size_t(byte_row + i) * w.n + column);
 #pragma unroll
     for (int nibble = 0; nibble < 2; ++nibble) {
-      unsigned char* to =
-          dense + (size_t(row_of(w, byte_row + i, nibble)) * w.n + column) * kSize;
-      float values[8];
-      decode8(uint2{bytes.x, bytes.y}, nibble, lane_table, scales[0], values);
-      store8<D>(to, values);
-      decode8(uint2{bytes.z, bytes.w}, nibble, lane_table, scales[1], values);
-      store8<D>(to + 8 * kSize, values);
+      float values[kColumns];
+      decode8(bytes[i], nibble, lane_table, scales, values);
+      store8<D>(dense + (size_t(row_of(w, byte_row + i, nibble)) * w.n + column) * kSize, values);
     }
   }
 }

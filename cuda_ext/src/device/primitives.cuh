@@ -47,8 +47,9 @@ __device__ inline float to_float(uint16_t bits) {
 }
 
 // Read once: leave the caches to others.
-__device__ inline uint4 load_streaming(const void* from) {
-  return __ldcs(reinterpret_cast<const uint4*>(from));
+template <typename Vector = uint4>
+__device__ inline Vector load_streaming(const void* from) {
+  return __ldcs(reinterpret_cast<const Vector*>(from));
 }
 
 // Low halves of two words, and high halves: (a.low, b.low), (a.high, b.high).

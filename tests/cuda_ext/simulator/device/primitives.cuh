@@ -62,7 +62,10 @@ T load_aligned(const void* from) {
   return value;
 }
 
-inline uint4 load_streaming(const void* from) { return load_aligned<uint4>(from); }
+template <typename Vector = uint4>
+inline Vector load_streaming(const void* from) {
+  return load_aligned<Vector>(from);
+}
 
 inline uint32_t low_halves(uint32_t a, uint32_t b) { return (a & 0xffff) | b << 16; }
 inline uint32_t high_halves(uint32_t a, uint32_t b) { return a >> 16 | (b & 0xffff0000); }
