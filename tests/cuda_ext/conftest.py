@@ -3,6 +3,7 @@ with XLA for the CPU under their own names: the same sources, handlers and Pytho
 
 On a GPU (JAX_PLATFORMS=cuda, qlora-jax-cuda installed) the tests run the kernels themselves."""
 
+import fcntl
 import hashlib
 import os
 import shutil
@@ -24,23 +25,28 @@ def build(compiler: str) -> Path:
     files = sorted([*SOURCES.rglob("*.*"), *SIMULATOR.rglob("*.*")])
     text = b"".join(file.read_bytes() for file in files) + str(include).encode()
     folder = ROOT / ".cache" / "simulator" / hashlib.sha256(text).hexdigest()[:16]
-    path = folder / "libqlora_cuda.so"
-    if path.exists():
-        return path
     folder.mkdir(parents=True, exist_ok=True)
+    path = folder / "libqlora_cuda.so"
+    with (folder / "lock").open("w") as lock:  # other workers of a test run wait
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not path.exists():
+            _compile(compiler, include, path)
+    return path
+
+
+def _compile(compiler: str, include: Path, path: Path) -> None:
     flags = ["-std=c++17", "-O2", "-fPIC", "-ffp-contract=off", "-Wall", "-Wextra", "-Werror"]
     flags += ["-Wno-unknown-pragmas", f"-I{SIMULATOR}", f"-I{SOURCES}", f"-isystem{include}"]
     flags += ["-include", str(SIMULATOR / "stream.h"), "-x", "c++", "-c"]
     objects = []
     running = []
     for source in sorted([*SOURCES.glob("*.cu"), *SOURCES.glob("*.cc")]):
-        objects.append(folder / f"{source.name}.o")
+        objects.append(path.with_name(f"{source.name}.o"))
         running.append(subprocess.Popen([compiler, *flags, source, "-o", objects[-1]]))
     assert not any(process.wait() for process in running), "the simulated kernels do not compile"
-    partial = folder / f"{os.getpid()}.so"
+    partial = path.with_suffix(".part")
     subprocess.run([compiler, "-shared", "-o", partial, *objects], check=True)
     partial.rename(path)  # whole, or not there
-    return path
 
 
 ON_A_GPU = jax.default_backend() == "gpu"
