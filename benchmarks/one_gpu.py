@@ -25,6 +25,7 @@ import time
 import zlib
 from typing import Any
 
+from benchmarks.children import ask
 from benchmarks.memory import GIB, MODELS, workload
 
 USUAL = ("65B:1x512:offload", "65B:1x512:paged", "65B:1x2048:paged")
@@ -158,20 +159,15 @@ def device_bytes() -> int:
 
 
 def run(case: Case, options: argparse.Namespace) -> dict[str, Any]:
-    """`child` in a fresh interpreter with a pool of its own; one that fails is a result too."""
+    """`child` in a fresh interpreter with a pool of its own."""
     fraction = options.pool * GIB / device_bytes()
     env = os.environ | {
         "XLA_PYTHON_CLIENT_PREALLOCATE": "true",
         "XLA_PYTHON_CLIENT_MEM_FRACTION": f"{fraction:.4f}",
     }
-    command = [sys.executable, "-m", "benchmarks.one_gpu", "--child", case.text]
-    command += ["--steps", str(options.steps)]
-    command += ["--attention", options.attention] if options.attention else []
-    done = subprocess.run(command, capture_output=True, check=False, text=True, env=env)
-    if done.returncode:
-        lines = [line for line in done.stderr.splitlines() if line.strip()]
-        return {"failed": lines[-1][:300] if lines else f"exit status {done.returncode}"}
-    return json.loads(done.stdout.splitlines()[-1])
+    how = ["--child", case.text, "--steps", str(options.steps)]
+    how += ["--attention", options.attention] if options.attention else []
+    return ask("benchmarks.one_gpu", *how, env=env)
 
 
 def main() -> None:

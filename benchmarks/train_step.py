@@ -21,7 +21,6 @@ import argparse
 import importlib.util
 import json
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
@@ -30,6 +29,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import cpu_train_step, peer_step
+from benchmarks.children import ask
 
 NF4, DENSE = "qlora-jax NF4", "qlora-jax dense"
 PEFT, UNSLOTH = "PEFT + bitsandbytes NF4", "Unsloth NF4"
@@ -146,14 +146,9 @@ def look() -> dict[str, str]:
     return {"platform": device.platform, "kind": device.device_kind}
 
 
-def spawn(job: dict[str, Any]) -> dict[str, Any]:
-    """`child` in a fresh interpreter. One that fails, as for want of memory, is a result too."""
-    command = [sys.executable, "-m", "benchmarks.train_step", "--child", json.dumps(job)]
-    done = subprocess.run(command, capture_output=True, check=False, text=True)
-    if done.returncode:
-        lines = [line for line in done.stderr.splitlines() if line.strip()]
-        return {"failed": lines[-1][:100] if lines else f"exit status {done.returncode}"}
-    return json.loads(done.stdout.splitlines()[-1])
+def spawn(job: Any) -> dict[str, Any]:
+    """`child` in a fresh interpreter, or `look`."""
+    return ask("benchmarks.train_step", "--child", json.dumps(job))
 
 
 def main() -> None:

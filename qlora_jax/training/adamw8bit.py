@@ -80,6 +80,8 @@ def _scale_by_adam8bit(b1: float, b2: float, eps: float) -> optax.GradientTransf
             g = grad.astype(jnp.float32)
             if quantized:
                 g, mu, nu = _blocks(g), _dequantize(mu, True), _dequantize(nu, False)
+            # In optax's order, in which XLA fuses multiplications and additions alike in every
+            # program: so paged updates are equal to the bit.
             mu = (1 - b1) * g + b1 * mu
             nu = (1 - b2) * (g * g) + b2 * nu
             new = (mu / correction1) / (jnp.sqrt(nu / correction2) + eps)
