@@ -130,8 +130,9 @@ class DataOptions:
         return Labels.of(labelled) if labelled else None
 
     def tokenize(self, rows: Any, model: AnyModel, labels: Labels | None) -> TokenizedDataset:
-        """One source's rows as the model takes them. Raises QloraError as `data.tokenize` and its
-        kin, and for rows that are not what the model is trained on."""
+        """One source's rows as the model takes them; of several processes, which must all call
+        this, each tokenizes a part. Raises QloraError as `data.tokenize` and its kin, and for rows
+        that are not what the model is trained on."""
         if isinstance(model, EncoderModel) != (labels is not None):
             raise QloraError(
                 f"{model!r}: --dataset-format classification is for encoders, and what they need"
@@ -141,13 +142,13 @@ class DataOptions:
             "target_max_length": self.target_max_length,
         }
         if labels is not None:
-            return tokenize_labelled(rows, model.tokenizer, self.max_length, labels)
+            return tokenize_labelled(rows, model.tokenizer, self.max_length, labels, share=True)
         if isinstance(model, Seq2SeqModel):
-            return tokenize_seq2seq(rows, model.tokenizer, **lengths)
+            return tokenize_seq2seq(rows, model.tokenizer, **lengths, share=True)
         if isinstance(rows[0], Example):
-            return tokenize(rows, model.tokenizer, self.max_length, self.template)
+            return tokenize(rows, model.tokenizer, self.max_length, self.template, share=True)
         learn = self.train_on_source
-        return tokenize_pairs(rows, model.tokenizer, **lengths, train_on_source=learn)
+        return tokenize_pairs(rows, model.tokenizer, **lengths, train_on_source=learn, share=True)
 
     def tokenize_all(
         self,

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from qlora_jax.data.collate import Batch, TokenizedExample, pad
+from qlora_jax.data.convert import convert
 from qlora_jax.data.reading import read_rows
 from qlora_jax.data.seq2seq import encode_whole
 from qlora_jax.data.tokenize import TokenizedDataset, padding_id
@@ -137,19 +138,25 @@ class LabelledDataset(TokenizedDataset):
 
 
 def tokenize_labelled(
-    examples: Sequence[LabelledText], tokenizer: Any, max_length: int, labels: Labels
+    examples: Sequence[LabelledText],
+    tokenizer: Any,
+    max_length: int,
+    labels: Labels,
+    *,
+    share: bool = False,
 ) -> LabelledDataset:
     """Texts with the tokenizer's special tokens, cut to max_length, and their labels' numbers.
 
     Of two texts the longer one is cut. token_type_ids are those of a tokenizer that has them.
-    Raises QloraError for a label that is unknown.
+    share: as of `tokenize`. Raises QloraError for a label that is unknown.
     """
-    kept, cut = [], 0
-    for example in examples:
+
+    def one(example: LabelledText) -> tuple[TokenizedExample, bool]:
         encoded, was_cut = encode_whole(tokenizer, example.texts, max_length)
         types = encoded.get("token_type_ids")
         types = None if types is None else np.asarray(types, np.int32)
         ids = np.asarray(encoded["input_ids"], np.int32)
-        kept.append(LabelledExample(ids, labels.array(example), example.where, types))
-        cut += was_cut
-    return LabelledDataset(tuple(kept), padding_id(tokenizer), cut, 0, max_length)
+        return LabelledExample(ids, labels.array(example), example.where, types), was_cut
+
+    kept, cut = convert(examples, one, share)
+    return LabelledDataset(kept, padding_id(tokenizer), cut, 0, max_length)

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from qlora_jax.data.collate import Batch, TokenizedExample, pad
+from qlora_jax.data.convert import convert
 from qlora_jax.data.examples import Example
 from qlora_jax.data.formats import Pair
 from qlora_jax.data.lengths import rounded
@@ -45,34 +46,35 @@ def tokenize_seq2seq(
     *,
     source_max_length: int = 1024,
     target_max_length: int = 256,
+    share: bool = False,
 ) -> Seq2SeqDataset:
     """The source, or the turns before the answer, a line each, for the encoder; the target, or the
     answer, for the decoder.
 
     Both with the special tokens that the tokenizer adds (T5: the end), and cut to at most so many
-    tokens; a pair without a target is dropped. Raises QloraError for limits that leave no room, and
-    if no example is left.
+    tokens; a pair without a target is dropped. share: as of `tokenize`. Raises QloraError for
+    limits that leave no room, and if no example is left.
     """
     if source_max_length < 2 or target_max_length < 2:
         raise QloraError(
             "source_max_length and target_max_length must be at least 2, got "
             f"{source_max_length} and {target_max_length}"
         )
-    kept: list[TokenizedExample] = []
-    cut = 0
-    for row in rows:
+
+    def one(row: Example | Pair) -> tuple[TokenizedExample, bool] | None:
         source, target = (row.source, row.target) if isinstance(row, Pair) else _texts(row)
         if not target:
-            continue
+            return None
         read, cut_source = encode_whole(tokenizer, (source,), source_max_length)
         said, cut_target = encode_whole(tokenizer, (target,), target_max_length)
         ids, labels = (np.asarray(x["input_ids"], np.int32) for x in (read, said))
-        kept.append(TokenizedExample(ids, labels, row.where))
-        cut += cut_source or cut_target
+        return TokenizedExample(ids, labels, row.where), cut_source or cut_target
+
+    kept, cut = convert(rows, one, share)
     if not kept:
         raise QloraError(f"none of {len(rows)} examples has a target")
     dropped = len(rows) - len(kept)
-    return Seq2SeqDataset(tuple(kept), padding_id(tokenizer), cut, dropped, source_max_length)
+    return Seq2SeqDataset(kept, padding_id(tokenizer), cut, dropped, source_max_length)
 
 
 def _texts(example: Example) -> tuple[str, str]:

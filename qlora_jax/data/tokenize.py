@@ -14,6 +14,7 @@ from typing import Any, Literal, overload
 import numpy as np
 
 from qlora_jax.data.collate import Batch, TokenizedExample, collate
+from qlora_jax.data.convert import convert
 from qlora_jax.data.examples import Example, Message
 from qlora_jax.errors import QloraError, missing
 from qlora_jax.models.loss import IGNORE
@@ -167,20 +168,22 @@ def tokenize(
     tokenizer: Any,
     max_length: int,
     template: Template = "auto",
+    *,
+    share: bool = False,
 ) -> TokenizedDataset:
     """Tokenizes conversations; every assistant turn, up to and with its end token, is labelled.
 
     tokenizer: a transformers fast tokenizer. max_length: longer examples are cut on the right, and
     dropped if no label remains. template: "chat" applies the tokenizer's chat template, "plain"
-    joins prompt and completion, "auto" is "chat" where there is a template. Raises QloraError if
-    the answers cannot be told apart, or if no example is left.
+    joins prompt and completion, "auto" is "chat" where there is a template. share: of several
+    processes, which must all call this alike, each tokenizes a part, and they exchange the results.
+    Raises QloraError if the answers cannot be told apart, or if no example is left.
     """
     if max_length < 2:
         raise QloraError(f"max_length must be at least 2, not {max_length}")
     label = _label_chat if uses_chat(tokenizer, template) else _label_plain
-    kept: list[TokenizedExample] = []
-    cut = dropped = 0
-    for example in examples:
+
+    def one(example: Example) -> tuple[TokenizedExample, bool] | None:
         try:
             ids, labels = label(tokenizer, example)
         except QloraError as error:
@@ -189,14 +192,15 @@ def tokenize(
         ids, labels = ids[:max_length], labels[:max_length]
         # The first position has no predecessor to be predicted from.
         if all(value == IGNORE for value in labels[1:]):
-            dropped += 1
-            continue
-        cut += too_long
+            return None
         arrays = np.asarray(ids, np.int32), np.asarray(labels, np.int32)
-        kept.append(TokenizedExample(*arrays, example.where))
+        return TokenizedExample(*arrays, example.where), too_long
+
+    kept, cut = convert(examples, one, share)
     if not kept:
         raise QloraError(
             f"none of {len(examples)} examples has a part of its answer within "
             f"max_length={max_length} tokens"
         )
-    return TokenizedDataset(tuple(kept), padding_id(tokenizer), cut, dropped, max_length)
+    dropped = len(examples) - len(kept)
+    return TokenizedDataset(kept, padding_id(tokenizer), cut, dropped, max_length)

@@ -1,11 +1,8 @@
 """Real processes on the loopback, found through jax.distributed: the losses of one process."""
 
 import json
-import os
 import signal
-import socket
 import subprocess
-import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -15,54 +12,22 @@ import pytest
 
 import qlora_jax as qj
 from qlora_jax.parallel import distributed
+from tests.parallel.launch import finish, launch
 from tests.tiny import write_checkpoint
 
-ROOT = Path(__file__).resolve().parents[2]
 STEPS = "300"
 COMMAND = "from qlora_jax.cli import main; main()"
 
 
 def start(folder: Path, output: Path, processes: int, *options: str) -> list[subprocess.Popen[str]]:
     """`qlora-jax train` in so many processes, a device each."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        address = f"127.0.0.1:{free.getsockname()[1]}"
     arguments = [
-        *("train", "--model", str(folder / "model"), "--data", str(folder / "rows.jsonl")),
-        *("--output", str(output), "--lora.targets", "q_proj", "down_proj", "--eval-count", "2"),
+        *("-c", COMMAND, "train", "--model", str(folder / "model")),
+        *("--data", str(folder / "rows.jsonl"), "--output", str(output)),
+        *("--lora.targets", "q_proj", "down_proj", "--eval-count", "2"),
         *("--training.steps", "3", "--training.batch-size", "4", *options),
     ]
-    running = []
-    for number in range(processes):
-        env = os.environ | {"JAX_PLATFORMS": "cpu"}
-        # Between processes the CPU's collectives have no order of their own: those of two steps
-        # under way at once can wait for each other.
-        env["JAX_CPU_ENABLE_ASYNC_DISPATCH"] = "false"
-        env["PYTHONPATH"] = os.pathsep.join([str(ROOT), env.get("PYTHONPATH", "")])
-        if processes > 1:
-            env |= {distributed.ADDRESS: address, distributed.COUNT: str(processes)}
-            env[distributed.NUMBER] = str(number)
-        running.append(
-            subprocess.Popen(
-                [sys.executable, "-c", COMMAND, *arguments],
-                env=env,
-                stdout=subprocess.PIPE,
-                stderr=subprocess.STDOUT,
-                text=True,
-            )
-        )
-    return running
-
-
-def finish(running: list[subprocess.Popen[str]]) -> list[str]:
-    """What each process printed; all must exit 0."""
-    try:
-        said = [process.communicate(timeout=600)[0] for process in running]
-    finally:
-        for process in running:
-            process.kill()
-    assert [process.returncode for process in running] == [0] * len(running), "\n".join(said)
-    return said
+    return launch(arguments, processes)
 
 
 def train(folder: Path, output: Path, processes: int, *options: str) -> list[str]:
