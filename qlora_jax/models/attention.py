@@ -3,7 +3,7 @@
 import contextlib
 import contextvars
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from typing import Any, Literal, NamedTuple, get_args
 
 import jax
@@ -92,7 +92,7 @@ class Kernel(NamedTuple):
     wasteful: Callable[[jax.Array, Mask], bool] = lambda *_: False
 
 
-KERNELS = {
+KERNELS: dict[AttentionImplementation, Kernel] = {
     "splash": Kernel(
         attention_splash.attend,
         "tpu",
@@ -109,7 +109,9 @@ KERNELS = {
 }
 assert {"xla", *KERNELS} == set(get_args(AttentionImplementation))
 
-_forced: contextvars.ContextVar[str | None] = contextvars.ContextVar("attention", default=None)
+_forced: contextvars.ContextVar[AttentionImplementation | None] = contextvars.ContextVar(
+    "attention", default=None
+)
 
 
 @contextlib.contextmanager
@@ -128,6 +130,22 @@ def use_attention(implementation: AttentionImplementation | None) -> Iterator[No
         yield
     finally:
         _forced.reset(token)
+
+
+def kernels_here() -> list[AttentionImplementation]:
+    """Those that run on this machine."""
+    return [name for name, kernel in KERNELS.items() if not kernel.unavailable()]
+
+
+def choose(
+    q: Any, k: Any, mask: Mask, softcap: float | None, kernels: Collection[AttentionImplementation]
+) -> AttentionImplementation:
+    """Which code computes it where those kernels run, if none is named; q, k: arrays or shapes."""
+    for name in kernels:
+        kernel = KERNELS[name]
+        if not kernel.unsupported(q, k, mask, softcap) and not kernel.wasteful(q, mask):
+            return name
+    return "xla"
 
 
 def attend(
@@ -153,15 +171,11 @@ def attend(
         if reason := KERNELS[name].unsupported(q, k, mask, softcap):
             raise QloraError(f"attention {name!r} cannot be used: {reason}")
         return KERNELS[name].attend(q, k, v, mask, **how)
-    here = {
-        kernel.platform: functools.partial(kernel.attend, **how)
-        for kernel in KERNELS.values()
-        if not kernel.unavailable()
-        and not kernel.unsupported(q, k, mask, softcap)
-        and not kernel.wasteful(q, mask)
-    }
-    if not here:
+    name = choose(q, k, mask, softcap, kernels_here())
+    if name == "xla":
         return attention_xla.attend(q, k, v, mask, **how)
+    kernel = KERNELS[name]
+    here = {kernel.platform: functools.partial(kernel.attend, **how)}
 
     # As in attention_xla: what a branch would keep for the backward pass, the others would too.
     @functools.partial(jax.checkpoint, prevent_cse=False)

@@ -39,7 +39,7 @@ def unsupported(q: jax.Array, k: jax.Array, mask: Mask, softcap: float | None) -
     # Hopper's take 256; that is not known of a device that is only compiled for.
     if q.shape[-1] > 128 or q.shape[-1] % 8:
         return f"heads must be a multiple of 8 and at most 128 wide, got {q.shape[-1]}"
-    if mask.groups() is not None and q.shape[1] % 2:
+    if mask.grouped and q.shape[1] % 2:
         return f"with padding or packing T must be even, got {q.shape[1]}"
     return None
 
@@ -47,7 +47,7 @@ def unsupported(q: jax.Array, k: jax.Array, mask: Mask, softcap: float | None) -
 def wasteful(q: jax.Array, mask: Mask) -> bool:
     """Whether the mask and its gradient would take more than `MASK_BYTES`."""
     batch, time = q.shape[:2]
-    return mask.groups() is not None and 2 * batch * time**2 * q.dtype.itemsize > MASK_BYTES
+    return mask.grouped and 2 * batch * time**2 * q.dtype.itemsize > MASK_BYTES
 
 
 def attend(

@@ -40,6 +40,11 @@ class Mask:
             mask = mask & same_segment(of_queries, self.segment_ids[:, :seen])
         return mask
 
+    @property
+    def grouped(self) -> bool:
+        """Whether there is padding or packing to be told by `groups`."""
+        return self.valid is not None or self.segment_ids is not None
+
     def groups(self) -> jax.Array | None:
         """[B, T] int32: tokens see each other where it is equal; padding only sees padding."""
         if self.valid is None:

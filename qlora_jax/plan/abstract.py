@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+from collections.abc import Collection
 from typing import Any
 
 import jax
@@ -11,11 +12,12 @@ from jax.sharding import Sharding
 from qlora_jax import lora
 from qlora_jax.checkpoints.load import assemble
 from qlora_jax.models import T5Config, abstract_params
+from qlora_jax.models.attention import AttentionImplementation
 from qlora_jax.models.encoder_config import CLASSIFICATION, EncoderConfig
 from qlora_jax.parallel.layout import Layout
 from qlora_jax.plan.workload import Workload
 from qlora_jax.quant import QuantConfig, quantize_tree
-from qlora_jax.training.estimate import estimate
+from qlora_jax.training.estimate import attention_of, estimate
 from qlora_jax.training.footprint import Footprint, count
 from qlora_jax.training.paged import is_paged
 from qlora_jax.training.settings import TrainSettings
@@ -64,8 +66,19 @@ class AbstractStep:
             batch=batch,
         )
 
-    def estimate(self, where: Sharding | Layout, *, decoded: int) -> Footprint:
-        """What the step takes of each device by formula; see `estimate`."""
+    def attention(self, kernels: Collection[AttentionImplementation]) -> AttentionImplementation:
+        """Which attention the step has on a device on which those kernels run."""
+        shape = self.batch["input_ids"].shape[-2:]
+        return self.training.attention or attention_of(self.model, shape, kernels)
+
+    def estimate(
+        self,
+        where: Sharding | Layout,
+        *,
+        decoded: int,
+        kernels: Collection[AttentionImplementation] = (),
+    ) -> Footprint:
+        """What the step takes of each device by formula; see `estimate` and `attention`."""
         placed = self.placed(where)
         return estimate(
             self.model,
@@ -75,6 +88,7 @@ class AbstractStep:
             remat=self.training.remat,
             accumulate=self.training.accumulate,
             decoded=decoded,
+            attention=self.attention(kernels),
             rows=where.row_parts if isinstance(where, Layout) else 1,
         )
 

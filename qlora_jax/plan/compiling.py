@@ -21,13 +21,14 @@ class Compiled:
 
     footprint       None if the step does not fit and the compiler does not say by how much
     seconds         that it took
-    implementation  the code that 4-bit products are
+    implementation  the code that 4-bit products are, attention that of attention
     refusal         its words, if it found no room
     """
 
     footprint: Footprint | None
     seconds: float
     implementation: str
+    attention: str
     refusal: str | None = None
 
 
@@ -98,7 +99,7 @@ class Compiler:
 
 def _read(answer: dict[str, Any]) -> Compiled:
     estimated = Footprint(**answer["estimate"])
-    common = (answer["seconds"], answer["implementation"])
+    common = (answer["seconds"], answer["implementation"], answer["attention"])
     if "exhausted" in answer:
         return Compiled(None, *common, answer["exhausted"])
     # Padding of arguments, and outputs that nothing is reused for, such as metrics: small.

@@ -11,11 +11,15 @@ import re
 from typing import Any, Literal
 
 from qlora_jax.errors import QloraError
+from qlora_jax.models.attention import AttentionImplementation
 
 GIB = 2**30
 
 CUDA_KEEPS = GIB // 2
 """What a CUDA context, loaded kernels and the libraries' workspaces take of a GPU."""
+
+CUDNN = (9, 10)
+"""The version of cuDNN that is compiled for; none needs to be installed."""
 
 _GPU_TEXT = """
 gpu_device_info {{
@@ -28,7 +32,7 @@ gpu_device_info {{
   registers_per_block_limit: 65536 thread_dim_limit_x: 1024 thread_dim_limit_y: 1024
   thread_dim_limit_z: 64
 }}
-platform_name: "CUDA" dnn_version_info {{ major: 9 minor: 10 }}
+platform_name: "CUDA" dnn_version_info {{ major: {cudnn[0]} minor: {cudnn[1]} }}
 device_description_str: "{title}"
 """
 
@@ -43,6 +47,7 @@ class Device:
     topology  what `jax.experimental.topologies.get_topology_desc` is called with
     memory    bytes of each device
     keeps     bytes of them that the runtime takes for itself
+    attention the kernels of attention that run on it
     count     how many devices, as JAX counts them
     """
 
@@ -52,6 +57,7 @@ class Device:
     topology: dict[str, Any]
     memory: int
     keeps: int
+    attention: tuple[AttentionImplementation, ...] = ()
     count: int = 1
 
     @property
@@ -115,10 +121,13 @@ def _gpu(
         bandwidth=bandwidth,
         l2=l2 * 2**20,
         clock=clock,
+        cudnn=CUDNN,
         **dataclasses.asdict(architecture),
     )
     topology = {"platform": "cuda", "topology_name": "1x1x1", "topology": "1x1x1"}
-    return Device(name, title, "gpu", topology | {"target_config": text}, memory, CUDA_KEEPS)
+    attention = () if architecture is _TURING else ("cudnn",)  # from compute capability 8.0 on
+    topology |= {"target_config": text}
+    return Device(name, title, "gpu", topology, memory, CUDA_KEEPS, attention)
 
 
 _GPUS = (
@@ -223,4 +232,4 @@ def _slice(name: str, generation: str, shape: str, chips: str) -> Device:
     topology = {"platform": "tpu", "topology_name": f"{about.platform}:{shape}"}
     title = f"{about.title}, {shape}" if count > about.per_chip else about.title
     memory = round(about.gib * GIB)
-    return Device(f"{generation}:{shape}", title, "tpu", topology, memory, 0, count)
+    return Device(f"{generation}:{shape}", title, "tpu", topology, memory, 0, ("splash",), count)

@@ -76,7 +76,9 @@ def by_formula(workload: Workload, device: Device, implementation: str | None = 
         axes = workload.axes(device.count)
         mesh: Any = AbstractMesh(tuple(axes.values()), tuple(axes))
         where = Layout.of(mesh, workload.config())
-    return abstract.of_workload(workload).estimate(where, decoded=DECODED[implementation])
+    return abstract.of_workload(workload).estimate(
+        where, decoded=DECODED[implementation], kernels=device.attention
+    )
 
 
 class Planner:

@@ -54,6 +54,7 @@ def to_json(plan: Plan) -> dict[str, Any]:
         "trained_parameters": plan.trained,
         "method": "formula" if compiled is None else "compiled",
         "implementation": compiled and compiled.implementation,
+        "attention": compiled and compiled.attention,
         "refusal": compiled and compiled.refusal,
         "footprint": dataclasses.asdict(footprint),
         "total": footprint.total,
@@ -148,7 +149,7 @@ def footnotes(plan: Plan) -> list[str]:
         times = "once" if plan.compiles == 1 else f"{plan.compiles} times"
         notes.append(
             f"The train step was compiled for it {times}, in {plan.seconds:.0f} s; 4-bit products "
-            f"by {plan.compiled.implementation}."
+            f"by {plan.compiled.implementation}, attention by {plan.compiled.attention}."
         )
     if plan.device.compiler == "gpu":
         notes.append(_kept_back(plan.device))

@@ -5,18 +5,20 @@
 `compilers.environment` is the environment that it needs, `compiling.Compiler` its other end.
 """
 
+import contextlib
 import dataclasses
-import itertools
 import json
 import os
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
+from unittest import mock
 
 import jax
 import numpy as np
 from jax._src import compiler
+from jax._src.cudnn import fused_attention_stablehlo
 from jax.sharding import NamedSharding, PartitionSpec, Sharding, SingleDeviceSharding
 from jaxlib import xla_client
 
@@ -24,7 +26,7 @@ from qlora_jax.errors import QloraError, reason
 from qlora_jax.models.attention import use_attention
 from qlora_jax.parallel import Layout, make_mesh
 from qlora_jax.plan import abstract
-from qlora_jax.plan.devices import Device, find
+from qlora_jax.plan.devices import CUDNN, Device, find
 from qlora_jax.plan.workload import Workload
 from qlora_jax.quant.implementations import use_implementation
 from qlora_jax.training.estimate import DECODED
@@ -40,28 +42,20 @@ def compile_step(workload: Workload, device: Device) -> dict[str, Any]:
     """Compiles the workload's step for a device and says what it takes of each.
 
     Bytes of temporaries, of arguments that are on the device, of what is not reused of the outputs;
-    the footprint by formula; seconds; which code the 4-bit products are. exhausted: the compiler's
-    words, instead of bytes, where it found no room.
+    the footprint by formula; seconds; which code the 4-bit products and attention are. exhausted:
+    the compiler's words, instead of bytes, where it found no room.
     """
     began = time.perf_counter()
     where = placement(workload, device)
     shapes = abstract.of_workload(workload)
     step = shapes.placed(where)
-    lowered, chosen = None, "xla"
-    for implementation, attention in itertools.product(implementations(device), attentions(device)):
-        try:
-            with use_implementation(implementation), use_attention(attention):
-                lowered = lower(step.step, step.arguments, device)
-        except QloraError as error:
-            if "cannot be used" not in str(error):
-                raise
-            continue  # this step is not for these kernels, as would be found out on a device
-        chosen = implementation
-        break
-    assert lowered is not None  # xla takes everything
-    estimated = shapes.estimate(where, decoded=DECODED[chosen])
+    attention = shapes.attention(device.attention)
+    with use_attention(attention):
+        lowered, chosen = _lower_first(step, device)
+    estimated = shapes.estimate(where, decoded=DECODED[chosen], kernels=device.attention)
     answer: dict[str, Any] = {
         "implementation": chosen,
+        "attention": attention,
         "estimate": dataclasses.asdict(estimated),
     }
     try:
@@ -83,11 +77,34 @@ def compile_step(workload: Workload, device: Device) -> dict[str, Any]:
     }
 
 
+def _lower_first(step: abstract.AbstractStep, device: Device) -> tuple[Any, str]:
+    """The step's program with the first code of 4-bit products that takes it, and which that is."""
+    *kernels, last = implementations(device)
+    for implementation in kernels:
+        try:
+            with use_implementation(implementation):
+                return lower(step.step, step.arguments, device), implementation
+        except QloraError as error:
+            if f"{implementation!r} cannot be used" not in str(error):
+                raise  # else this step is not for these kernels, as a device would find out
+    with use_implementation(last):
+        return lower(step.step, step.arguments, device), last
+
+
 def lower(step: Any, arguments: Any, device: Device) -> Any:
     """The program of a jitted step, of a GPU by its rules: see `placement`."""
     if device.compiler != "gpu":
         return step.lower(*arguments)
-    return step.trace(*arguments).lower(lowering_platforms=("cuda",))
+    with cudnn_version():
+        return step.trace(*arguments).lower(lowering_platforms=("cuda",))
+
+
+@contextlib.contextmanager
+def cudnn_version() -> Iterator[None]:
+    """JAX asks cuDNN for its version when it traces a call, which can be compiled without it."""
+    version = CUDNN[0] * 10000 + CUDNN[1] * 100
+    with mock.patch.object(fused_attention_stablehlo, "check_cudnn_version", lambda: version):
+        yield
 
 
 def compile_lowered(
@@ -136,11 +153,6 @@ def implementations(device: Device) -> tuple[Any, ...]:
         return ("xla",)
     library.register(library.PATH)  # XLA asks for the handlers when it compiles
     return ("cuda", "xla")
-
-
-def attentions(device: Device) -> tuple[Any, ...]:
-    """Which attention to try, likewise."""
-    return ("splash", "xla") if device.compiler == "tpu" else (None,)
 
 
 def main() -> None:

@@ -1,14 +1,16 @@
 """`memory="auto"`: the settings that take least time among those that fit the device at hand."""
 
 import dataclasses
+from collections.abc import Collection
 from typing import Any
 
 import jax
 
+from qlora_jax.models.attention import AttentionImplementation, kernels_here
 from qlora_jax.models.remat import RematPolicy
 from qlora_jax.parallel import Layout
 from qlora_jax.quant import backends
-from qlora_jax.training.estimate import DECODED, estimate
+from qlora_jax.training.estimate import DECODED, attention_of, estimate
 from qlora_jax.training.footprint import count
 from qlora_jax.training.settings import TrainSettings
 from qlora_jax.training.step import TrainState
@@ -50,7 +52,7 @@ def fitting(
         return settings, f"memory auto: no limit is known here, remat {settings.remat} stays"
     return choose(
         model, settings, state, batch, int(SHARE * room), layout,
-        decoded=decoded_here(), may_page=may_page,
+        decoded=decoded_here(), kernels=kernels_here(), may_page=may_page,
     )  # fmt: skip
 
 
@@ -63,9 +65,12 @@ def choose(
     layout: Layout | None = None,
     *,
     decoded: int,
+    kernels: Collection[AttentionImplementation] = (),
     may_page: bool = True,
 ) -> tuple[TrainSettings, str]:
-    """As `fitting`, for so many bytes; decoded: as of `estimate`."""
+    """As `fitting`, for so many bytes; decoded: as of `estimate`; kernels: of attention."""
+    shape = batch["input_ids"].shape[-2:]
+    attention = settings.attention or attention_of(model, shape, kernels)
     params = jax.eval_shape(lambda params: params, model.params)
     if layout is None:
         plain = count(state, params)
@@ -83,7 +88,7 @@ def choose(
         )
         total = estimate(
             model, state, batch, counted, remat=remat, accumulate=settings.accumulate,
-            decoded=decoded, rows=1 if layout is None else layout.row_parts,
+            decoded=decoded, attention=attention, rows=1 if layout is None else layout.row_parts,
         ).total  # fmt: skip
         if total <= room:
             break

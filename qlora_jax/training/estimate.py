@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+from collections.abc import Collection
 from typing import Any
 
 import jax
@@ -9,7 +10,11 @@ import jax.extend
 import jax.numpy as jnp
 
 from qlora_jax import lora
+from qlora_jax.models.attention import AttentionImplementation, choose
+from qlora_jax.models.attention_xla import BLOCK, SPANS
+from qlora_jax.models.config import DecoderConfig
 from qlora_jax.models.loss import CHUNK
+from qlora_jax.models.masks import Mask
 from qlora_jax.quant import QuantizedArray, is_quantized
 from qlora_jax.quant.pieces import LIMIT as PIECE
 from qlora_jax.training.footprint import Footprint
@@ -54,7 +59,8 @@ def kept(loss: Any, state: TrainState, params: Any, batch: Any) -> Kept:
         eqn, number = scans.get(id(variable), (None, 0))
         # Where parts of a layer keep the same array, the scan over layers puts it out several
         # times; XLA makes one of them.
-        source = variable if eqn is None else eqn.params["jaxpr"].jaxpr.outvars[number]
+        body = jaxpr if eqn is None else eqn.params["jaxpr"].jaxpr
+        source = _source(body, variable if eqn is None else body.outvars[number])
         if id(variable) in seen or id(source) in seen:
             continue
         seen |= {id(variable), id(source)}
@@ -65,6 +71,26 @@ def kept(loss: Any, state: TrainState, params: Any, batch: Any) -> Kept:
             device += size
             layer += 0 if eqn is None else size // eqn.params["length"]
     return Kept(device, host, layer)
+
+
+def _source(jaxpr: Any, variable: Any) -> Any:
+    """The variable of `jaxpr` that `variable` is another name of: what is rematerialized hands out
+    what it was given and is to be kept."""
+    made = {id(out): (eqn, n) for eqn in jaxpr.eqns for n, out in enumerate(eqn.outvars)}
+    while id(variable) in made:
+        eqn, number = made[id(variable)]
+        if eqn.primitive.name == "name":
+            variable = eqn.invars[0]
+            continue
+        if eqn.primitive.name != "remat2":  # jax.checkpoint's
+            break
+        inner = eqn.params["jaxpr"]
+        out = _source(inner, inner.outvars[number])
+        given = [id(x) for x in inner.invars]
+        if id(out) not in given:
+            break
+        variable = eqn.invars[given.index(id(out))]
+    return variable
 
 
 DECODED = {"xla": 3, "cuda": 1, "pallas_tpu": 0, "pallas_gpu": 0}
@@ -80,6 +106,7 @@ def estimate(
     *,
     remat: Any,
     decoded: int,
+    attention: AttentionImplementation,
     accumulate: int = 1,
     rows: int = 1,
 ) -> Footprint:
@@ -89,6 +116,7 @@ def estimate(
     counted  its arguments' part, as `count` finds it of what one device holds
     remat    the policy, accumulate the micro-batches of the step
     decoded  how many weights, or pieces of large ones, are dense at a time: see `DECODED`
+    attention  which code computes it
     rows     devices that the rows of a batch are split over
     """
     micro = batch if accumulate == 1 else jax.tree.map(_first, batch)
@@ -106,7 +134,9 @@ def estimate(
     layer = (all_kept.layer if remat == "none" else 2 * all_kept.layer) // rows
     numbers = decoded * min(_widest(model.params), PIECE)
     dense = numbers * jnp.dtype(model.dtype).itemsize
-    layer += dense + _scores(model.config, micro["input_ids"].shape) // rows
+    layer += dense
+    if attention == "xla":
+        layer += _scores(model.config, micro["input_ids"].shape) // rows
     # The sum of the micro-batches' gradients, and the next one's.
     gradients = counted.gradients * (1 if accumulate == 1 else 2)
     # A chunk's logits, their exponentials and their gradient, fp32; there are no gradients yet.
@@ -122,11 +152,24 @@ def estimate(
     )
 
 
+def attention_of(
+    model: Any, shape: tuple[int, ...], kernels: Collection[AttentionImplementation]
+) -> AttentionImplementation:
+    """Which code computes the attention of a step on [B, T] tokens where those kernels run."""
+    config = model.config
+    if not isinstance(config, DecoderConfig):
+        return "xla"  # encoders attend in ways of their own
+    q = jax.ShapeDtypeStruct((*shape, config.num_attention_heads, config.head_dim), model.dtype)
+    valid: Any = jax.ShapeDtypeStruct(shape, jnp.bool_)
+    return choose(q, q, Mask(valid=valid), getattr(config, "attn_logit_softcapping", None), kernels)
+
+
 def _scores(config: Any, shape: tuple[int, ...]) -> int:
-    """Attention's scores of one layer, fp32, of which a query has those of the keys before it."""
+    """XLA's scores of one layer's attention and their gradients, fp32, each of a half: a query has
+    those of the keys before it. Of long sequences a block of each span's queries at a time."""
     batch, time = shape
     heads = getattr(config, "num_attention_heads", None) or config.num_heads
-    return batch * heads * time * time * 4 // 2
+    return batch * heads * time * min(time, SPANS * BLOCK) * 4
 
 
 def _widest(params: Any) -> int:

@@ -3,11 +3,9 @@
     python -m tests.compile.attention "TPU v5e"
 
 At Llama 2 7B's heads, in bf16, once plainly causal and once packed. Fails if an array is T x T for
-every head, or with splash attention at all. cuDNN's calls are compiled if nvidia-cudnn-cu13 (900
-MB) can be imported and its libraries are on LD_LIBRARY_PATH; XLA leaves out what cuDNN works in.
+every head, or with splash attention at all. Without cuDNN itself XLA leaves out what it works in.
 """
 
-import importlib.util
 import re
 import sys
 import time
@@ -18,6 +16,7 @@ from jax.sharding import SingleDeviceSharding
 
 from qlora_jax.models.attention import attend, use_attention
 from qlora_jax.models.masks import Mask
+from qlora_jax.plan.worker import cudnn_version
 from tests.compile.targets import TARGETS
 
 IMPLEMENTATIONS = {"tpu": "splash", "gpu": "cudnn"}
@@ -37,16 +36,13 @@ def main(name: str) -> None:
         return pull(g)
 
     implementation = IMPLEMENTATIONS[target.compiler]
-    if implementation == "cudnn" and not importlib.util.find_spec("nvidia.cudnn"):
-        print(f"{name}, cudnn: left out, as cuDNN is not installed")
-        return
     for batch, length in SHAPES:
         x = shape(batch, length, HEADS, SIZE, dtype=jnp.bfloat16)
         ids = shape(batch, length, dtype=jnp.int32)
         sizes = []
         start = time.perf_counter()
         for mask in (Mask(), Mask(segment_ids=ids)):
-            with use_attention(implementation):
+            with use_attention(implementation), cudnn_version():
                 # A function of its own each time: jit knows nothing of the names.
                 run = jax.jit(lambda *args: gradients(*args))
                 compiled = run.lower(x, x, x, x, mask).compile()

@@ -25,9 +25,10 @@ def main(name: str) -> int:
         answer = compile_step(step, TARGETS[name])
         total = (answer["arguments"] + answer["outputs"] + answer["temporaries"]) / GIB
         over += total > bound
+        codes = f"{answer['implementation']}, attention by {answer['attention']}"
         print(
             f"{name}, LLaMA-65B, {step.time} tokens, remat={step.training.remat}, AdamW "
-            f"{'paged' if step.training.paged else 'on the device'}, {answer['implementation']}: "
+            f"{'paged' if step.training.paged else 'on the device'}, {codes}: "
             f"{total:.2f} GiB of at most {bound}; compiled in {answer['seconds']:.0f} s",
             flush=True,
         )

@@ -42,8 +42,9 @@ def main(name: str) -> None:
         estimated = Footprint(**answer["estimate"])
         compiled = answer["arguments"] + answer["outputs"] + answer["temporaries"]
         off = estimated.total / compiled - 1
+        codes = f"{answer['implementation']}, attention by {answer['attention']}"
         print(
-            f"{name}, {size} at 512 tokens, {answer['implementation']}: compiled in "
+            f"{name}, {size} at 512 tokens, {codes}: compiled in "
             f"{answer['seconds']:.0f} s, {gib(compiled)}; by formula {off:+.1%}",
             flush=True,
         )

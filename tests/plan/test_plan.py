@@ -59,8 +59,8 @@ class Compiler:
         self.asked.append((workload, device))
         found = by_formula(workload, device or self.device, "xla")
         if workload.batch >= self.refuses:
-            return Compiled(None, 1.0, "xla", "RESOURCE_EXHAUSTED: no room")
-        return Compiled(found.measured(found.temporaries * 11 // 10), 1.0, "xla")
+            return Compiled(None, 1.0, "xla", "xla", "RESOURCE_EXHAUSTED: no room")
+        return Compiled(found.measured(found.temporaries * 11 // 10), 1.0, "xla", "xla")
 
 
 def shrunk(device, room):

@@ -1,5 +1,7 @@
 """The formula's parts against counts by hand; its whole against a compiler in tests/compile."""
 
+from types import SimpleNamespace
+
 import jax
 import jax.numpy as jnp
 import pytest
@@ -10,8 +12,11 @@ from qlora_jax.models import read_config
 from qlora_jax.models.loss import CHUNK
 from qlora_jax.parallel import Layout
 from qlora_jax.plan import abstract
+from qlora_jax.plan.devices import find
 from qlora_jax.quant import NF4
+from qlora_jax.training.estimate import attention_of
 from qlora_jax.training.settings import TrainSettings
+from tests.recipes import CONFIGS
 
 pytestmark = pytest.mark.standard_promotion  # optax
 
@@ -23,7 +28,7 @@ ABOUT = {
     "intermediate_size": F,
     "num_hidden_layers": L,
     "num_attention_heads": H,
-    "max_position_embeddings": 64,
+    "max_position_embeddings": 65536,
 }
 LINEAR = 4 * D * D + 3 * D * F
 TRAINED = R * L * (4 * 2 * D + 3 * (D + F))
@@ -32,11 +37,11 @@ TRAINED = R * L * (4 * 2 * D + 3 * (D + F))
 FORMAT = NF4()
 
 
-def footprint(quantization=FORMAT, decoded=3, fsdp=1, **training):
+def footprint(quantization=FORMAT, decoded=3, fsdp=1, time=T, kernels=(), **training):
     config = read_config(ABOUT)
     step = abstract.train_step(
         config,
-        T,
+        time,
         LoraConfig(rank=R),
         TrainSettings(batch_size=B, **training),
         quantization,
@@ -45,7 +50,7 @@ def footprint(quantization=FORMAT, decoded=3, fsdp=1, **training):
     where = SingleDeviceSharding(jax.devices()[0])
     if fsdp > 1:
         where = Layout.of(AbstractMesh((1, fsdp, 1), ("data", "fsdp", "tensor")), config)
-    return step.estimate(where, decoded=decoded)
+    return step.estimate(where, decoded=decoded, kernels=kernels)
 
 
 def test_arguments_are_counted():
@@ -75,6 +80,47 @@ def test_activations_are_what_the_policies_keep():
     offload = footprint(remat="offload")
     assert offload.activations_host == L * token * 5 * D
     assert offload.activations <= few
+
+
+def test_spans_of_attention_keep_q_k_and_v_once():
+    """Of 512 tokens there are four, and each says that it keeps them."""
+    time = 512
+    token, few = 2 * B * time, 2 * D * (4 * B * time + CHUNK)
+    names = footprint(remat="names", time=time).activations
+    assert L * token * 5 * D <= names <= L * token * 5 * D + few
+    assert footprint(remat="dots", time=time).activations - names == L * token * 2 * F
+
+
+def test_scores_are_counted_where_xla_computes_them():
+    def scores(time, *kernels, **training):
+        xla = footprint(remat="full", time=time)
+        return xla.working - footprint(remat="full", time=time, kernels=kernels, **training).working
+
+    heads = ABOUT["num_attention_heads"]
+    assert scores(2048, "cudnn") == 4 * B * heads * 2048 * 2048
+    assert scores(4096, "splash") == 4 * B * heads * 4096 * 2048
+    assert scores(2048) == scores(2048, "cudnn", attention="xla") == 0
+    assert scores(64, "splash") == 0  # it is for 128 tokens and more
+    assert scores(32768, "cudnn") == 0  # its mask would take 8 GiB
+
+
+def attention(about, kernels, batch=1, time=512, dtype=jnp.bfloat16):
+    model = SimpleNamespace(config=read_config(about), dtype=dtype)
+    return attention_of(model, (batch, time), kernels)
+
+
+def test_the_attention_is_what_the_device_would_choose():
+    assert attention(ABOUT, find("a6000").attention) == "cudnn"
+    assert attention(ABOUT, find("a6000").attention, dtype=jnp.float32) == "xla"
+    assert attention(ABOUT, find("a6000").attention, batch=3, time=16384) == "xla"
+    assert attention(ABOUT, find("t4").attention) == "xla"
+    assert attention(ABOUT, find("v5e-8").attention) == "splash"
+    capped = ABOUT | {"model_type": "gemma2", "num_key_value_heads": H, "head_dim": 16}
+    assert attention(capped, find("h100").attention) == "xla"
+    assert attention(capped, find("v6e:2x2").attention) == "splash"
+    for encoder in ("roberta-large-sst2", "flan-t5-xxl"):
+        about = CONFIGS[encoder] | {"vocab_size": V}
+        assert attention(about, find("a6000").attention) == "xla"
 
 
 def test_accumulating_takes_a_second_gradient():
