@@ -11,6 +11,7 @@ from jax.sharding import Sharding
 
 from qlora_jax import lora
 from qlora_jax.checkpoints.load import assemble
+from qlora_jax.errors import QloraError
 from qlora_jax.models import T5Config, abstract_params
 from qlora_jax.models.attention import AttentionImplementation
 from qlora_jax.models.encoder_config import CLASSIFICATION, EncoderConfig
@@ -67,9 +68,15 @@ class AbstractStep:
         )
 
     def attention(self, kernels: Collection[AttentionImplementation]) -> AttentionImplementation:
-        """Which attention the step has on a device on which those kernels run."""
-        shape = self.batch["input_ids"].shape[-2:]
-        return self.training.attention or attention_of(self.model, shape, kernels)
+        """Which attention the step has on a device on which those kernels run. Raises QloraError
+        if the settings name one that does not."""
+        named = self.training.attention
+        if named is None:
+            return attention_of(self.model, self.batch["input_ids"].shape[-2:], kernels)
+        if named not in ("xla", *kernels):
+            there = " or ".join(("xla", *kernels))
+            raise QloraError(f"attention {named!r} does not run on this device, {there} does")
+        return named
 
     def estimate(
         self,

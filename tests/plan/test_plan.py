@@ -10,11 +10,13 @@ from qlora_jax.cli import main
 from qlora_jax.commands.plan import read_about
 from qlora_jax.errors import QloraError
 from qlora_jax.lora import LoraConfig
-from qlora_jax.plan import chart, planner, report
+from qlora_jax.models.attention import use_attention
+from qlora_jax.plan import abstract, chart, planner, report, worker
 from qlora_jax.plan.compiling import Compiled
 from qlora_jax.plan.devices import find
 from qlora_jax.plan.planner import Planner
 from qlora_jax.plan.workload import Workload
+from qlora_jax.quant.implementations import use_implementation
 from qlora_jax.training.settings import TrainSettings
 
 pytestmark = pytest.mark.standard_promotion  # optax
@@ -190,3 +192,15 @@ def test_unknown_models(tmp_path, capsys):
     with pytest.raises(SystemExit):
         main(["plan", "--device", "a6000"])
     assert "which MODEL" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("device", "attention"), [("a6000", "cudnn"), ("t4", "xla")])
+def test_a_gpus_step_has_the_attention_that_the_gpu_would_choose(device, attention):
+    """Lowered for it, on a machine that has neither cuDNN nor XLA's compiler for GPUs."""
+    device = find(device)
+    step = abstract.of_workload(WORKLOAD).placed(worker.placement(WORKLOAD, device))
+    chosen = step.attention(device.attention)
+    with use_attention(chosen), use_implementation("xla"):
+        text = worker.lower(step.step, step.arguments, device).as_text()
+    assert chosen == attention
+    assert ("__cudnn$fmha" in text) == (attention == "cudnn")

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import pytest
 from jax.sharding import AbstractMesh, SingleDeviceSharding
 
+from qlora_jax.errors import QloraError
 from qlora_jax.lora import LoraConfig
 from qlora_jax.models import read_config
 from qlora_jax.models.loss import CHUNK
@@ -102,6 +103,11 @@ def test_scores_are_counted_where_xla_computes_them():
     assert scores(2048) == scores(2048, "cudnn", attention="xla") == 0
     assert scores(64, "splash") == 0  # it is for 128 tokens and more
     assert scores(32768, "cudnn") == 0  # its mask would take 8 GiB
+
+
+def test_a_named_attention_must_run_there():
+    with pytest.raises(QloraError, match="'splash' does not run on this device, xla or cudnn does"):
+        footprint(kernels=("cudnn",), attention="splash")
 
 
 def attention(about, kernels, batch=1, time=512, dtype=jnp.bfloat16):
