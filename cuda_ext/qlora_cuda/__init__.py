@@ -129,7 +129,10 @@ def dequantize(
     *nested: jax.Array,
     dtype: Any,
 ) -> jax.Array:
-    """The dense weight [K, N] of `dtype` (fp32, bf16 or fp16): fp32 product, rounded once."""
+    """The dense weight [K, N] of `dtype` (fp32, bf16 or fp16): fp32 product, rounded once.
+
+    scales and nested: as `nf4_matmul` takes them for few rows.
+    """
     shape = (2 * codes.shape[0], codes.shape[1])
     result = jax.ShapeDtypeStruct(shape, jnp.dtype(dtype))
     return jax.ffi.ffi_call("qlora_dequantize", result)(codes, codebook, scales, *nested)

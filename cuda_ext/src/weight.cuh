@@ -28,9 +28,11 @@ __device__ void read_scales(const Weight& w, int byte_row, int column, float (&o
   }
   const size_t rows = w.byte_rows >> w.log_half;
   const float mean = *w.offset;
+  const uint32_t* from =
+      reinterpret_cast<const uint32_t*>(w.absmax_codes + size_t(row) * w.n + column);
 #pragma unroll
   for (int i = 0; i < count; ++i) {
-    const float level = w.nested_levels[w.absmax_codes[size_t(row) * w.n + column + i]];
+    const float level = w.nested_levels[from[i / 4] >> (8 * (i & 3)) & 255];
     const float group = w.nested[((column + i) * rows + row) >> 8];
     // Rounded twice, as bitsandbytes does, not fused.
     out[i] = add_rounded(multiply_rounded(level, group), mean);

@@ -8,8 +8,10 @@ import jax
 from jax.typing import DTypeLike
 
 from qlora_jax.lift import lift
+from qlora_jax.lora.array import is_weight
 from qlora_jax.models import Cache, DecoderConfig, apply_head, apply_hidden
 from qlora_jax.models.loss import causal_lm_loss
+from qlora_jax.models.padding import to_the_right
 from qlora_jax.models.remat import Remat
 from qlora_jax.models.split import Split, split_over
 from qlora_jax.quant.policy import batch_parts, placement_of
@@ -102,7 +104,11 @@ class Model:
 
     def head(self, params: Any, hidden: jax.Array) -> jax.Array:
         """Logits, fp32 [..., V], of hidden states [..., D]."""
-        head = functools.partial(apply_head, self.config, dtype=self.dtype)
+        return self._head(params, hidden)
+
+    def _head(self, params: Any, hidden: jax.Array, *, dense: bool = False) -> jax.Array:
+        """As `models.apply_head`."""
+        head = functools.partial(apply_head, self.config, dtype=self.dtype, dense=dense)
         return lift(head, strict=True)(params, hidden)
 
     def loss(
@@ -111,30 +117,34 @@ class Model:
         """(sum of the token losses, number of labelled tokens), what `make_train_step` wants.
 
         batch: input_ids [B, T], labels [B, T] (not shifted; -100: ignored), and, where they apply,
-        attention_mask and segment_ids [B, T].
+        attention_mask (zero on padding, on either side) and segment_ids [B, T].
 
         A mixture of experts whose config.json says output_router_logits learns to balance them too.
         Its load-balancing loss is added once for every labelled token, so that the mean is what
         transformers calls the loss; of several micro-batches each counts by its labelled tokens.
         Padding by attention_mask has no part in the balance.
         """
+        ids, labels, segments = (batch.get(name) for name in ("input_ids", "labels", "segment_ids"))
+        mask = batch.get("attention_mask")
+        if mask is not None:
+            ids, labels, segments, mask = to_the_right(mask, ids, labels, segments, mask)
         hidden, _, extra = self._run(
             params,
-            batch["input_ids"],
-            attention_mask=batch.get("attention_mask"),
-            segment_ids=batch.get("segment_ids"),
+            ids,
+            attention_mask=mask if self.config.padding_matters else None,
+            segment_ids=segments,
             remat=remat,
         )
         # The loss differentiates the head apart from the rest, which it does not touch.
         own = "embed_tokens" if self.config.tie_word_embeddings else "lm_head"
         rest = {name: tree for name, tree in params.items() if name != own}
 
-        def head(head_params: Any, rows: jax.Array) -> jax.Array:
-            return self.head({**rest, own: head_params}, rows)
+        dense = not any(map(is_weight, jax.tree.leaves(params[own], is_leaf=is_weight)))
 
-        total, tokens = causal_lm_loss(
-            head, params[own], hidden, batch["labels"], parts=batch_parts(params)
-        )
+        def head(head_params: Any, rows: jax.Array) -> jax.Array:
+            return self._head({**rest, own: head_params}, rows, dense=dense)
+
+        total, tokens = causal_lm_loss(head, params[own], hidden, labels, parts=batch_parts(params))
         return total if extra is None else total + extra * tokens, tokens
 
     def new_cache(self, batch: int, length: int) -> Cache:

@@ -74,6 +74,11 @@ class DecoderConfig:
         of fewer does not serve any more; None: there is none."""
         return None
 
+    @property
+    def padding_matters(self) -> bool:
+        """Whether the loss has to know which tokens are padding, beside that they have no label."""
+        return False
+
     @classmethod
     def from_hf(cls, hf: Mapping[str, Any]) -> Self:
         """Reads a config.json. Raises QloraError for a family or a switch that is not supported."""

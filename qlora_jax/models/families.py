@@ -160,10 +160,19 @@ def apply_hidden(
 
 
 def apply_head(
-    config: Any, params: Params, hidden: jax.Array, *, dtype: DTypeLike = jnp.float32
+    config: Any,
+    params: Params,
+    hidden: jax.Array,
+    *,
+    dtype: DTypeLike = jnp.float32,
+    dense: bool = False,
 ) -> jax.Array:
-    """Logits, fp32 [..., V], of hidden states [..., D]; uses only the head's parameters."""
-    return bind(config, params, dtype).head(hidden.astype(dtype))
+    """Logits, fp32 [..., V], of hidden states [..., D]; uses only the head's parameters.
+
+    dense: the head's weight is an array, neither in 4 bits nor with an adapter. Its gradient then
+    multiplies in `dtype`; in forward mode it has none.
+    """
+    return bind(config, params, dtype).head(hidden.astype(dtype), dense=dense)
 
 
 def apply(

@@ -293,7 +293,7 @@ class Gemma(Decoder):
     def rotation_of_layers(self) -> Sequence[int]:
         return [int(kind == SLIDING) for kind in self.config.layer_types]
 
-    def head(self, hidden: jax.Array) -> jax.Array:
-        """hidden [..., D] -> logits [..., V], fp32."""
-        logits, cap = super().head(hidden), self.config.final_logit_softcapping
+    def head(self, hidden: jax.Array, *, dense: bool = False) -> jax.Array:
+        """As of `Decoder`."""
+        logits, cap = super().head(hidden, dense=dense), self.config.final_logit_softcapping
         return logits if cap is None else cap * jnp.tanh(logits / cap)

@@ -77,6 +77,10 @@ class MoeConfig(llama.LlamaConfig):
             raise QloraError("no layer has experts, which makes the model a dense one: qwen3")
 
     @property
+    def padding_matters(self) -> bool:
+        return self.output_router_logits
+
+    @property
     def stacks(self) -> Mapping[str, Sequence[int]]:
         dense = set(self.dense_layers)
         sparse = [i for i in range(self.num_hidden_layers) if i not in dense]

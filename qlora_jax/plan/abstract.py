@@ -72,7 +72,7 @@ class AbstractStep:
         if the settings name one that does not."""
         named = self.training.attention
         if named is None:
-            return attention_of(self.model, self.batch["input_ids"].shape[-2:], kernels)
+            return attention_of(self.model, self.batch, kernels)
         if named not in ("xla", *kernels):
             there = " or ".join(("xla", *kernels))
             raise QloraError(f"attention {named!r} does not run on this device, {there} does")

@@ -38,6 +38,16 @@ def unsupported(k: int, n: int, block_size: int, dtype: Any) -> str | None:
     return _package().unsupported(k, n, block_size, dtype)
 
 
+def reads_nested(rows: int) -> bool:
+    """Whether `nf4_matmul` takes scales in 8 bits for so many rows of x."""
+    return rows <= _package().FEW_ROWS or rows >= MANY_ROWS
+
+
+def reads_nested_transposed(rows: int) -> bool:
+    """The same of `nf4_matmul_transposed`."""
+    return rows >= MANY_ROWS
+
+
 def dequantize(codes: jax.Array, scales: jax.Array, codebook: jax.Array, dtype: Any) -> jax.Array:
     """reference.dequantize of codes [..., K/2, N] and fp32 scales [..., K/block, N]."""
     *lead, half_k, n = codes.shape
@@ -61,24 +71,24 @@ def nf4_matmul(
     x: jax.Array, codes: jax.Array, scales: jax.Array, codebook: jax.Array, *nested: jax.Array,
     out_dtype: Any, precision: Any,
 ) -> jax.Array:  # fmt: skip
-    """reference.nf4_matmul of x [M, K]; nested: of scales in 8 bits, for few rows only."""
+    """reference.nf4_matmul of x [M, K]; nested: of scales in 8 bits, see `reads_nested`."""
     if x.shape[0] >= MANY_ROWS:
         # Not before x is there: XLA would write all weights of a layer at its beginning.
         x, codes = jax.lax.optimization_barrier((x, codes))
-        w = dequantize(codes, scales, codebook, x.dtype)
+        w = _package().dequantize(codes, scales, codebook, *nested, dtype=x.dtype)
         return jnp.dot(x, w, precision=precision, preferred_element_type=out_dtype)
     how = {"out_dtype": out_dtype, "precision": precision}
     return _package().nf4_matmul(x, codes, scales, codebook, *nested, **how)
 
 
 def nf4_matmul_transposed(
-    g: jax.Array, codes: jax.Array, scales: jax.Array, codebook: jax.Array,
-    *, out_dtype: Any, precision: Any,
+    g: jax.Array, codes: jax.Array, scales: jax.Array, codebook: jax.Array, *nested: jax.Array,
+    out_dtype: Any, precision: Any,
 ) -> jax.Array:  # fmt: skip
-    """g [M, N] times the transposed weight."""
+    """g [M, N] times the transposed weight; nested: see `reads_nested_transposed`."""
     if g.shape[0] >= MANY_ROWS:
         g, codes = jax.lax.optimization_barrier((g, codes))
-        w = dequantize(codes, scales, codebook, g.dtype)
+        w = _package().dequantize(codes, scales, codebook, *nested, dtype=g.dtype)
         return jnp.dot(g, w.T, precision=precision, preferred_element_type=out_dtype)
     how = {"out_dtype": out_dtype, "precision": precision}
     return _package().nf4_matmul_transposed(g, codes, scales, codebook, **how)

@@ -80,8 +80,10 @@ IMPLEMENTATIONS: dict[str, Products] = {
         unsupported=_floats_only,
     ),
     "cuda": Products(
-        kernel_call(cuda.nf4_matmul, transposed=False, nested_rows=16),
-        kernel_call(cuda.nf4_matmul_transposed, transposed=True),
+        kernel_call(cuda.nf4_matmul, transposed=False, reads_nested=cuda.reads_nested),
+        kernel_call(
+            cuda.nf4_matmul_transposed, transposed=True, reads_nested=cuda.reads_nested_transposed
+        ),
         platform="cuda",
         unavailable=cuda.unavailable,
         unsupported=cuda.unsupported,

@@ -19,14 +19,14 @@ def kernel_call(
     kernel: Callable[..., jax.Array],
     *,
     transposed: bool,
-    nested_rows: int = 0,
+    reads_nested: Callable[[int], bool] = lambda rows: False,
     look_up: blockwise.LookUp = blockwise.look_up,
 ) -> Callable[..., jax.Array]:
     """`kernel`(x, codes, scales, codebook, *nested, out_dtype=, precision=), fit for vmap and jit.
 
     nested: the nested absmax, the offset and the levels of double-quantized scales, or nothing.
-    For at most `nested_rows` rows of x the kernel takes them and reads the scales itself; otherwise
-    it gets fp32 scales, their levels found by `look_up`.
+    Where it `reads_nested`, for that many rows of x, the kernel takes them and reads the scales
+    itself; otherwise it gets fp32 scales, their levels found by `look_up`.
     """
 
     def call(
@@ -41,7 +41,7 @@ def kernel_call(
             x: jax.Array, codes: jax.Array, scales: jax.Array, codebook: jax.Array,
             *nested: jax.Array, part: Any = None, dtype: Any = out_dtype,
         ) -> jax.Array:  # fmt: skip
-            if nested and (x.shape[0] > nested_rows or part is not None):
+            if nested and (part is not None or not reads_nested(x.shape[0])):
                 scales = blockwise.dequantize_scales(scales, *nested, part=part, look_up=look_up)
                 nested = ()
             return kernel(x, codes, scales, codebook, *nested, out_dtype=dtype, precision=precision)

@@ -69,8 +69,7 @@ def choose(
     may_page: bool = True,
 ) -> tuple[TrainSettings, str]:
     """As `fitting`, for so many bytes; decoded: as of `estimate`; kernels: of attention."""
-    shape = batch["input_ids"].shape[-2:]
-    attention = settings.attention or attention_of(model, shape, kernels)
+    attention = settings.attention or attention_of(model, batch, kernels)
     params = jax.eval_shape(lambda params: params, model.params)
     if layout is None:
         plain = count(state, params)

@@ -2,7 +2,7 @@
 
 import dataclasses
 import math
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import jax
@@ -153,15 +153,17 @@ def estimate(
 
 
 def attention_of(
-    model: Any, shape: tuple[int, ...], kernels: Collection[AttentionImplementation]
+    model: Any, batch: Mapping[str, Any], kernels: Collection[AttentionImplementation]
 ) -> AttentionImplementation:
-    """Which code computes the attention of a step on [B, T] tokens where those kernels run."""
+    """Which code computes the attention of a step on such a batch where those kernels run."""
     config = model.config
     if not isinstance(config, DecoderConfig):
         return "xla"  # encoders attend in ways of their own
+    shape = batch["input_ids"].shape[-2:]
     q = jax.ShapeDtypeStruct((*shape, config.num_attention_heads, config.head_dim), model.dtype)
-    valid: Any = jax.ShapeDtypeStruct(shape, jnp.bool_)
-    return choose(q, q, Mask(valid=valid), getattr(config, "attn_logit_softcapping", None), kernels)
+    valid: Any = batch.get("attention_mask") if config.padding_matters else None
+    mask = Mask(valid=valid, segment_ids=batch.get("segment_ids"))
+    return choose(q, q, mask, getattr(config, "attn_logit_softcapping", None), kernels)
 
 
 def _scores(config: Any, shape: tuple[int, ...]) -> int:

@@ -1,5 +1,7 @@
 """The chunked loss beside optax on whole logits, values and gradients."""
 
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -11,6 +13,7 @@ from qlora_jax.checkpoints.model import Model
 from qlora_jax.checkpoints.seq2seq import Seq2SeqModel
 from qlora_jax.errors import QloraError
 from qlora_jax.models import init_params, read_config
+from qlora_jax.models.logits import logits
 from qlora_jax.models.loss import causal_lm_loss
 
 B, T, D, V = 3, 7, 16, 40
@@ -155,3 +158,48 @@ def test_every_parameter_has_the_gradient_of_whole_logits(kind):
     jax.tree.map(
         lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4), found, expected
     )
+
+
+@pytest.mark.parametrize("axis", [0, 1])
+def test_the_gradient_of_logits_is_multiplied_in_16_bits(axis):
+    keys = jax.random.split(jax.random.key(0), 3)
+    x = jax.random.normal(keys[0], (5, 6, D), jnp.bfloat16)
+    w = jax.random.normal(keys[1], (D, V) if axis == 0 else (V, D), jnp.bfloat16)
+    g = jax.random.normal(keys[2], (5, 6, V))
+    plain = lambda x, w: jnp.einsum("btd,dv->btv", x, w if axis == 0 else w.T)  # noqa: E731
+    wide = jax.tree.map(lambda a: a.astype(jnp.float32), (x, w))
+    expected, pull = jax.vjp(plain, *wide)
+    got, pull_ours = jax.vjp(lambda x, w: logits(x, w, axis), x, w)
+    assert got.dtype == jnp.float32
+    np.testing.assert_allclose(got, expected, rtol=1e-5, atol=1e-5)
+    # g and the results are rounded to 8 bits; sums of V and of 30 products.
+    for ours, theirs in zip(pull_ours(g), pull(g), strict=True):
+        assert ours.dtype == jnp.bfloat16
+        largest = float(jnp.max(jnp.abs(theirs)))
+        np.testing.assert_allclose(ours.astype(jnp.float32), theirs, atol=2**-7 * largest)
+    products = [
+        eqn
+        for eqn in jax.make_jaxpr(lambda g: pull_ours(g))(g).eqns
+        if eqn.primitive.name == "dot_general"
+    ]
+    assert len(products) == 2
+    assert all(x.aval.dtype == jnp.bfloat16 for eqn in products for x in eqn.invars)
+
+
+def test_the_head_multiplies_its_gradient_in_16_bits():
+    about = {"hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 1}
+    about |= {"model_type": "llama", "vocab_size": V, "num_attention_heads": 2}
+    config = read_config(about)
+    params = init_params(config, jax.random.key(0))
+    params = jax.tree.map(lambda x: x.astype(jnp.bfloat16), params)
+    model = Model(config, params, None, "", jnp.bfloat16)
+    ids = jnp.arange(8, dtype=jnp.int32)[None]
+
+    def loss(embedding):
+        learned = {**params, "embed_tokens": {"embedding": embedding}}
+        return model.loss(learned, {"input_ids": ids, "labels": ids})[0]
+
+    text = jax.jit(jax.grad(loss)).lower(params["embed_tokens"]["embedding"]).as_text()
+    factors = re.findall(r"dot_general .* : \(tensor<(\S+)>, tensor<(\S+)>\) -> ", text)
+    of_head = [pair for pair in factors if any(str(V) in x.split("x") for x in pair)]
+    assert of_head and all(x.endswith("bf16") for pair in of_head for x in pair)

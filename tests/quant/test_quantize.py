@@ -53,10 +53,10 @@ def test_double_quantized_scales_have_their_meaning(golden):
     np.testing.assert_allclose(w.offset, absmax.astype(np.float64).mean(), rtol=1e-6)
     restored = table[codes] * np.repeat(nested, 256)[: codes.size] + np.asarray(w.offset)
     assert (np.asarray(w.absmax()).T.reshape(-1) == restored).all()
-    # The last bit is free under jit, where XLA may fuse the product and the sum.
-    np.testing.assert_array_almost_equal_nulp(
-        np.asarray(jax.jit(QuantizedArray.absmax)(w)), np.asarray(w.absmax()), 1
-    )
+    # The product's last bit is free under jit, where XLA may fuse it and the sum.
+    free = np.spacing(np.abs(np.asarray(w.absmax())) + np.asarray(w.offset))
+    fused = np.asarray(jax.jit(QuantizedArray.absmax)(w))
+    assert (np.abs(fused - np.asarray(w.absmax())) <= free).all()
 
 
 @pytest.mark.parametrize("config", [NF4(), NF4(32, False), FP4(128), FP4(64, False)], ids=str)

@@ -102,7 +102,7 @@ def test_scores_are_counted_where_xla_computes_them():
     assert scores(4096, "splash") == 4 * B * heads * 4096 * 2048
     assert scores(2048) == scores(2048, "cudnn", attention="xla") == 0
     assert scores(64, "splash") == 0  # it is for 128 tokens and more
-    assert scores(32768, "cudnn") == 0  # its mask would take 8 GiB
+    assert scores(32768, "cudnn", packing=True) == 0  # its mask would take 8 GiB
 
 
 def test_a_named_attention_must_run_there():
@@ -110,15 +110,25 @@ def test_a_named_attention_must_run_there():
         footprint(kernels=("cudnn",), attention="splash")
 
 
-def attention(about, kernels, batch=1, time=512, dtype=jnp.bfloat16):
+def attention(about, kernels, batch=1, time=512, dtype=jnp.bfloat16, packed=True):
     model = SimpleNamespace(config=read_config(about), dtype=dtype)
-    return attention_of(model, (batch, time), kernels)
+    tokens = jax.ShapeDtypeStruct((batch, time), jnp.int32)
+    names = ("input_ids", "attention_mask", *["segment_ids"] * packed)
+    return attention_of(model, dict.fromkeys(names, tokens), kernels)
 
 
 def test_the_attention_is_what_the_device_would_choose():
     assert attention(ABOUT, find("a6000").attention) == "cudnn"
     assert attention(ABOUT, find("a6000").attention, dtype=jnp.float32) == "xla"
-    assert attention(ABOUT, find("a6000").attention, batch=3, time=16384) == "xla"
+    # Packed, a mask of 3 x 16384^2 numbers; padding needs none, but where experts are balanced.
+    long = {"batch": 3, "time": 16384}
+    assert attention(ABOUT, find("a6000").attention, **long) == "xla"
+    assert attention(ABOUT, find("a6000").attention, **long, packed=False) == "cudnn"
+    experts = ABOUT | {"model_type": "mixtral", "num_local_experts": 4, "num_experts_per_tok": 2}
+    experts |= {"num_key_value_heads": H}
+    balanced = experts | {"output_router_logits": True}
+    assert attention(experts, find("a6000").attention, **long, packed=False) == "cudnn"
+    assert attention(balanced, find("a6000").attention, **long, packed=False) == "xla"
     assert attention(ABOUT, find("t4").attention) == "xla"
     assert attention(ABOUT, find("v5e-8").attention) == "splash"
     capped = ABOUT | {"model_type": "gemma2", "num_key_value_heads": H, "head_dim": 16}
