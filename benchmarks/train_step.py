@@ -15,13 +15,13 @@ peak      of device memory: what the allocator of JAX or torch gave out at most,
 
 Needs torch, transformers, PEFT and bitsandbytes beside qlora-jax: the environment that `make
 parity` makes, with the CUDA builds of JAX and torch. Unsloth is a contender where it is installed.
+Contenders run in the order given, and those after PEFT are compared with it.
 """
 
 import argparse
 import importlib.util
 import json
 import statistics
-import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -33,7 +33,7 @@ from benchmarks.children import ask
 
 NF4, DENSE = "qlora-jax NF4", "qlora-jax dense"
 PEFT, UNSLOTH = "PEFT + bitsandbytes NF4", "Unsloth NF4"
-CONTENDERS = (NF4, DENSE, PEFT, UNSLOTH)
+CONTENDERS = (PEFT, UNSLOTH, NF4, DENSE)  # the peer first: the others are compared with it
 WARM_UP = 3
 
 PEAKS = {
@@ -179,7 +179,10 @@ def main() -> None:
     }
     shapes = [tuple(map(int, shape.split("x"))) for shape in options.shapes]
     device = spawn("look")
-    runs = {}
+    peak = next((flops for name, flops in PEAKS.items() if name in device["kind"]), None)
+    print(f"{device['kind']}: {model}, rank {options.rank}\n")
+    print("| batch | contender | tokens/s | of peer | MFU | peak GiB | of peer | first loss |")
+    print("|---" * 8 + "|", flush=True)
     with tempfile.TemporaryDirectory() as folder:
         peer_step.save_random(config(model, max(t for _, t in shapes)), Path(folder))
         job = {
@@ -191,38 +194,32 @@ def main() -> None:
             "steps": options.steps,
         }
         for shape in shapes:
+            peer = None
             for name in options.contenders:
-                runs[shape, name] = spawn(job | {"contender": name, "shape": shape})
-                print(f"{shape}, {name}: {runs[shape, name]}", file=sys.stderr)
-    report(runs, model, options.rank, device["kind"])
+                run = spawn(job | {"contender": name, "shape": shape})
+                peer = run if name == PEFT and "failed" not in run else peer
+                work = model_flop(model, options.rank, *shape)
+                if "failed" in run:
+                    cells = f"{run['failed']} | | | | |"
+                else:
+                    cells = measured(run, peer, shape[0] * shape[1], work, peak)
+                print(f"| {shape[0]}x{shape[1]} | {name} | {cells} |", flush=True)
 
 
-def report(runs: dict[Any, dict[str, Any]], model: dict[str, int], rank: int, kind: str) -> None:
-    peak = next((flops for name, flops in PEAKS.items() if name in kind), None)
-    print(f"{kind}: {model}, rank {rank}\n")
-    print("| batch | contender | tokens/s | of peer | MFU | peak GiB | of peer | first loss |")
-    print("|---|---|---|---|---|---|---|---|")
-    for (shape, name), run in runs.items():
-        label = f"| {shape[0]}x{shape[1]} | {name} |"
-        if "failed" in run:
-            print(f"{label} {run['failed']} | | | | | |")
-            continue
-        rate, peer = _rate(shape, run), runs.get((shape, PEFT), {"failed": "left out"})
-        faster = smaller = ""
-        if "failed" not in peer:
-            faster = f"{rate / _rate(shape, peer):.2f}"
-            smaller = f"{run['peak'] / peer['peak']:.2f}"
-        flops = model_flop(model, rank, *shape) * rate / (shape[0] * shape[1])
-        use = f"{flops / peak:.1%}" if peak else f"{flops / 1e9:.0f} GFLOP/s"
-        print(
-            f"{label} {rate:.0f} | {faster} | {use} | {run['peak'] / 2**30:.2f} | {smaller} "
-            f"| {run['loss']:.3f} |"
-        )
-
-
-def _rate(shape: tuple[int, ...], run: dict[str, Any]) -> float:
-    """Tokens a second."""
-    return shape[0] * shape[1] / statistics.median(run["seconds"])
+def measured(
+    run: dict[str, Any], peer: dict[str, Any] | None, tokens: int, flop: float, peak: float | None
+) -> str:
+    """The last six cells of a row; a step has so many tokens and FLOP."""
+    seconds = statistics.median(run["seconds"])
+    faster = smaller = ""
+    if peer is not None:
+        faster = f"{statistics.median(peer['seconds']) / seconds:.2f}"
+        smaller = f"{run['peak'] / peer['peak']:.2f}"
+    use = f"{flop / seconds / peak:.1%}" if peak else f"{flop / seconds / 1e9:.0f} GFLOP/s"
+    return (
+        f"{tokens / seconds:.0f} | {faster} | {use} | {run['peak'] / 2**30:.2f} | {smaller} "
+        f"| {run['loss']:.3f}"
+    )
 
 
 if __name__ == "__main__":
