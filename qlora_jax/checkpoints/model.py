@@ -124,10 +124,10 @@ class Model:
         transformers calls the loss; of several micro-batches each counts by its labelled tokens.
         Padding by attention_mask has no part in the balance.
         """
-        ids, labels, segments = (batch.get(name) for name in ("input_ids", "labels", "segment_ids"))
+        ids, labels, segments = batch["input_ids"], batch["labels"], batch.get("segment_ids")
         mask = batch.get("attention_mask")
         if mask is not None:
-            ids, labels, segments, mask = to_the_right(mask, ids, labels, segments, mask)
+            ids, labels, segments, mask = to_the_right(mask, (ids, labels, segments, mask))
         hidden, _, extra = self._run(
             params,
             ids,

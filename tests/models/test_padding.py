@@ -37,7 +37,7 @@ def rows(model, side: str, fill: int):
 def test_padding_goes_behind_the_tokens():
     mask = jnp.array([[0, 0, 1, 1], [1, 1, 0, 0], [1, 1, 1, 1], [0, 0, 0, 0]])
     x = jnp.broadcast_to(jnp.arange(4), (4, 4))
-    moved, nothing, after = to_the_right(mask, x, None, mask)
+    moved, nothing, after = to_the_right(mask, (x, None, mask))
     assert moved.tolist() == [[2, 3, 0, 1], [0, 1, 2, 3], [0, 1, 2, 3], [0, 1, 2, 3]]
     assert nothing is None
     assert after.tolist() == [[1, 1, 0, 0], [1, 1, 0, 0], [1, 1, 1, 1], [0, 0, 0, 0]]
