@@ -9,6 +9,7 @@ from jax.typing import DTypeLike
 from qlora_jax.checkpoints.model import Batch, describe
 from qlora_jax.errors import QloraError
 from qlora_jax.lift import lift
+from qlora_jax.lora.array import all_dense
 from qlora_jax.models import bind
 from qlora_jax.models.classification import classification_loss
 from qlora_jax.models.encoder_config import CLASSIFICATION, HEADS, EncoderConfig
@@ -86,9 +87,13 @@ class EncoderModel:
 
     def head(self, params: Any, hidden: jax.Array) -> jax.Array:
         """fp32 logits of hidden states [B, T, D]; words also of some tokens only, [M, D]."""
+        return self._head(params, hidden)
+
+    def _head(self, params: Any, hidden: jax.Array, *, dense: bool = False) -> jax.Array:
+        """dense: as of `Bert.head`."""
 
         def head(params: Any, hidden: jax.Array) -> jax.Array:
-            return bind(self.config, params, self.dtype).head(hidden)
+            return bind(self.config, params, self.dtype).head(hidden, dense=dense)
 
         return lift(head, strict=True)(params, hidden)
 
@@ -113,8 +118,10 @@ class EncoderModel:
         layers = {"encoder": params["encoder"]}
         rest = {name: tree for name, tree in params.items() if name not in layers}
 
+        dense = all_dense(rest["embeddings"])
+
         def head(head_params: Any, rows: jax.Array) -> jax.Array:
-            return self.head({**layers, **head_params}, rows)
+            return self._head({**layers, **head_params}, rows, dense=dense)
 
         return token_loss(head, rest, hidden, batch["labels"], parts=batch_parts(params))
 

@@ -8,7 +8,7 @@ import jax
 from jax.typing import DTypeLike
 
 from qlora_jax.lift import lift
-from qlora_jax.lora.array import is_weight
+from qlora_jax.lora.array import all_dense
 from qlora_jax.models import Cache, DecoderConfig, apply_head, apply_hidden
 from qlora_jax.models.loss import causal_lm_loss
 from qlora_jax.models.padding import to_the_right
@@ -139,7 +139,7 @@ class Model:
         own = "embed_tokens" if self.config.tie_word_embeddings else "lm_head"
         rest = {name: tree for name, tree in params.items() if name != own}
 
-        dense = not any(map(is_weight, jax.tree.leaves(params[own], is_leaf=is_weight)))
+        dense = all_dense(params[own])
 
         def head(head_params: Any, rows: jax.Array) -> jax.Array:
             return self._head({**rest, own: head_params}, rows, dense=dense)

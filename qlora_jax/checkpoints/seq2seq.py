@@ -10,6 +10,7 @@ from jax.typing import DTypeLike
 
 from qlora_jax.checkpoints.model import Batch, describe
 from qlora_jax.lift import lift
+from qlora_jax.lora.array import all_dense
 from qlora_jax.models import EncoderDecoderCache, T5Config, bind
 from qlora_jax.models.loss import IGNORE, token_loss
 from qlora_jax.models.remat import Remat
@@ -108,7 +109,11 @@ class Seq2SeqModel:
 
     def head(self, params: Any, hidden: jax.Array) -> jax.Array:
         """Logits, fp32 [..., V], of the decoder's hidden states [..., D]."""
-        return self._run(lambda model, hidden: model.head(hidden), params, hidden)
+        return self._head(params, hidden)
+
+    def _head(self, params: Any, hidden: jax.Array, *, dense: bool = False) -> jax.Array:
+        """dense: as of `T5.head`."""
+        return self._run(lambda model, hidden: model.head(hidden, dense=dense), params, hidden)
 
     def loss(
         self, params: Any, batch: Batch, *, remat: Remat = "none"
@@ -133,9 +138,10 @@ class Seq2SeqModel:
         # The loss differentiates the head apart from the rest, which it does not touch.
         own = "shared" if self.config.tie_word_embeddings else "lm_head"
         rest = {name: tree for name, tree in params.items() if name != own}
+        dense = all_dense(params[own])
 
         def head(head_params: Any, rows: jax.Array) -> jax.Array:
-            return self.head({**rest, own: head_params}, rows)
+            return self._head({**rest, own: head_params}, rows, dense=dense)
 
         return token_loss(head, params[own], hidden, batch["labels"], parts=batch_parts(params))
 

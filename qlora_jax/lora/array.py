@@ -243,3 +243,8 @@ def trained_fields(node: Any) -> Any:
 def is_weight(x: Any) -> bool:
     """Whether x is one of our weights: the leaves at which trees are cut."""
     return isinstance(x, AdaptedArray | QuantizedArray)
+
+
+def all_dense(tree: Any) -> bool:
+    """Whether the tree holds arrays only: no weight in 4 bits, none with an adapter."""
+    return not any(map(is_weight, jax.tree.leaves(tree, is_leaf=is_weight)))

@@ -156,10 +156,14 @@ class Bert(nnx.Module):
         x = self.embeddings(input_ids, positions, token_type_ids)
         return self.encoder(x, visible(attention_mask, segment_ids), remat=remat)
 
-    def head(self, hidden: jax.Array) -> jax.Array:
-        """hidden [B, T, D] -> fp32 logits: of words [B, T, V], or of a row's labels [B, C]."""
+    def head(self, hidden: jax.Array, *, dense: bool = False) -> jax.Array:
+        """hidden [B, T, D] -> fp32 logits: of words [B, T, V], or of a row's labels [B, C].
+
+        dense: the table of words is known to be, as for `table_logits`.
+        """
         if self.config.head == MASKED_LM:
-            return self.lm_head(hidden, self.embeddings.word_embeddings.embedding[...])
+            table = self.embeddings.word_embeddings.embedding[...]
+            return self.lm_head(hidden, table, dense=dense)
         if self.config.model_type == BERT:
             hidden = self.pooler(hidden)
         return self.classifier(hidden)

@@ -426,9 +426,12 @@ class Deberta(nnx.Module):
             mask = mask & kept.astype(bool)[:, None, :, None]
         return self.encoder.run(x * real, mask, real, segment_ids, remat)
 
-    def head(self, hidden: jax.Array) -> jax.Array:
-        """hidden [B, T, D] -> fp32 logits: of words [B, T, V], or of a row's labels [B, C]."""
+    def head(self, hidden: jax.Array, *, dense: bool = False) -> jax.Array:
+        """hidden [B, T, D] -> fp32 logits: of words [B, T, V], or of a row's labels [B, C].
+
+        dense: the table of words is known to be, as for `table_logits`.
+        """
         if self.config.head == CLASSIFICATION:
             return self.classifier(self.pooler(hidden))
         head = self.lm_head if self.config.legacy else self.lm_predictions.lm_head
-        return head(hidden, self.embeddings.word_embeddings.embedding[...])
+        return head(hidden, self.embeddings.word_embeddings.embedding[...], dense=dense)

@@ -15,7 +15,7 @@ from jax.typing import DTypeLike
 
 from qlora_jax.models.cache import Cache, check_room
 from qlora_jax.models.config import FULL, DecoderConfig
-from qlora_jax.models.logits import logits
+from qlora_jax.models.logits import logits, table_logits
 from qlora_jax.models.masks import Mask
 from qlora_jax.models.positions import count_positions
 from qlora_jax.models.remat import Remat, cheap, named, rematerialized
@@ -216,15 +216,9 @@ class Decoder(nnx.Module):
 
         dense: the head's weight is known to be, so that `logits` computes them.
         """
-        tied = self.config.tie_word_embeddings
-        if dense and tied:
-            return logits(hidden, self.embed_tokens.embedding[...], 1)
-        if dense:
-            return logits(hidden, self.lm_head.kernel[...], 0)
-        if not tied:
-            return self.lm_head(hidden)
-        table = self.embed_tokens.embedding[...].astype(hidden.dtype)
-        return jnp.einsum("...d,vd->...v", hidden, table, preferred_element_type=jnp.float32)
+        if self.config.tie_word_embeddings:
+            return table_logits(hidden, self.embed_tokens.embedding[...], dense=dense)
+        return logits(hidden, self.lm_head.kernel[...], 0) if dense else self.lm_head(hidden)
 
 
 def _windows(config: DecoderConfig, slots: int) -> tuple[int | None, jax.Array | None]:

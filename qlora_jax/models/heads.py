@@ -8,6 +8,7 @@ from flax import nnx
 
 from qlora_jax.models.encoder import linear
 from qlora_jax.models.encoder_config import ACTIVATIONS, EncoderConfig
+from qlora_jax.models.logits import table_logits
 from qlora_jax.models.norm import LayerNorm
 
 
@@ -23,12 +24,10 @@ class MaskedLMHead(nnx.Module):
         self.LayerNorm = LayerNorm(width, config.layer_norm_eps)
         self.bias = nnx.Param(jnp.zeros((config.vocab_size,), options["param_dtype"]))
 
-    def __call__(self, hidden: jax.Array, table: jax.Array) -> jax.Array:
-        """hidden [..., D], table [V, width] -> logits [..., V], accumulated in fp32."""
+    def __call__(self, hidden: jax.Array, table: jax.Array, *, dense: bool = False) -> jax.Array:
+        """hidden [..., D], table [V, width] -> fp32 [..., V]; dense: as for `table_logits`."""
         x = self.LayerNorm(self.act(self.dense(hidden)))
-        table = table.astype(x.dtype)
-        logits = jnp.einsum("...d,vd->...v", x, table, preferred_element_type=jnp.float32)
-        return logits + self.bias[...].astype(jnp.float32)
+        return table_logits(x, table, dense=dense) + self.bias[...].astype(jnp.float32)
 
 
 class Pooler(nnx.Module):

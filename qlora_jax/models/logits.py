@@ -1,4 +1,4 @@
-"""The product that makes logits, with a gradient that costs no more than it does."""
+"""The products that make logits, with a gradient that costs no more than they do."""
 
 import functools
 from typing import Any
@@ -32,6 +32,18 @@ def _backward(axis: int, kept: Any, g: jax.Array) -> tuple[jax.Array, jax.Array]
 
 
 logits.defvjp(_forward, _backward)
+
+
+def table_logits(hidden: jax.Array, table: jax.Array, *, dense: bool = False) -> jax.Array:
+    """hidden [..., D] times an embedding table [V, D], transposed -> fp32 [..., V].
+
+    dense: the table is known to be an array, neither in 4 bits nor with an adapter, so that
+    `logits` computes them.
+    """
+    if dense:
+        return logits(hidden, table, 1)
+    table = table.astype(hidden.dtype)
+    return jnp.einsum("...d,vd->...v", hidden, table, preferred_element_type=jnp.float32)
 
 
 def _dot(x: jax.Array, weight: jax.Array, axis: int, dtype: Any) -> jax.Array:

@@ -18,6 +18,7 @@ from jax.typing import DTypeLike
 from qlora_jax.errors import QloraError
 from qlora_jax.models.cache import EncoderDecoderCache, check_room
 from qlora_jax.models.dot_product import dot_product_attention
+from qlora_jax.models.logits import logits, table_logits
 from qlora_jax.models.masks import causal_mask
 from qlora_jax.models.norm import RMSNorm
 from qlora_jax.models.remat import Remat, cheap, named, rematerialized
@@ -366,14 +367,13 @@ class T5(nnx.Module):
         assert cache_after is not None
         return hidden, cache_after
 
-    def head(self, hidden: jax.Array) -> jax.Array:
-        """hidden [..., D] of the decoder -> logits [..., V], accumulated and returned in fp32."""
+    def head(self, hidden: jax.Array, *, dense: bool = False) -> jax.Array:
+        """hidden [..., D] of the decoder -> logits [..., V]; the rest as of `Decoder`."""
         if self.config.scale_decoder_outputs:
             hidden = hidden * jnp.asarray(self.config.d_model**-0.5, hidden.dtype)
-        if not self.config.tie_word_embeddings:
-            return self.lm_head(hidden)
-        table = self.shared.embedding[...].astype(hidden.dtype)
-        return jnp.einsum("...d,vd->...v", hidden, table, preferred_element_type=jnp.float32)
+        if self.config.tie_word_embeddings:
+            return table_logits(hidden, self.shared.embedding[...], dense=dense)
+        return logits(hidden, self.lm_head.kernel[...], 0) if dense else self.lm_head(hidden)
 
 
 def _mask(
