@@ -10,8 +10,8 @@ import numpy as np
 from qlora_jax.data.tokenize import TokenizedDataset
 from qlora_jax.errors import QloraError
 
-MULTIPLE = 32
-"""Lengths of rows are multiples of this, which vector units and matrix tiles like."""
+MULTIPLE = 16
+"""Lengths of rows are multiples of this, as the sides of matrix units' tiles in 16 bits are."""
 MOST_BUCKETS = 3
 WINDOW = 50
 """Batches that are sorted together: long enough to find like lengths, short enough to stay random

@@ -60,7 +60,7 @@ class TrainSettings:
     """Gradients are clipped to this global norm."""
     sequence_length: int | None = None
     """Tokens of a row, to which examples are padded or packed; None: the longest example's, rounded
-    up to a multiple of 32 as far as the limit they were tokenized with allows."""
+    up to a multiple of 16 as far as the limit they were tokenized with allows."""
     packing: bool = False
     """Put as many examples into a row as fit; they do not see each other."""
     group_by_length: bool = False

@@ -85,7 +85,7 @@ def test_buckets_have_the_least_padding():
     def padded(buckets):
         return sum(min(b for b in buckets if b >= need) for need in needs)
 
-    multiples = range(32, 512, 32)
+    multiples = range(16, 512, 16)
     for count in (1, 2, 3):
         found = choose_buckets(needs.tolist(), 510, count)
         assert found[-1] == 510 and len(found) == count  # not beyond the limit of tokenizing

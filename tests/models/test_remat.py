@@ -45,8 +45,10 @@ INPUT = ATTENDED = (1, TIME, WIDTH)
 QUERY, KEY = (1, TIME, HEADS, WIDTH // HEADS), (1, TIME, KV_HEADS, WIDTH // HEADS)
 NAMES = [INPUT, QUERY, KEY, KEY, ATTENDED]
 WIDE = 2 * [(1, TIME, HIDDEN)]
+# What attention gives its projection, and its log-sum-exp of scores.
+OUTPUT, SUMS = (1, TIME, WIDTH), (1, KV_HEADS, HEADS // KV_HEADS, TIME)
 KEPT = {
-    "none": [*NAMES, *WIDE, (1, TIME, WIDTH)],  # the last: what attention gives its projection
+    "none": [*NAMES, *WIDE, OUTPUT, SUMS],
     "dots": [*NAMES, *WIDE],
     "names": NAMES,
     "full": [INPUT],

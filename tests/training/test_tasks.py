@@ -68,7 +68,7 @@ def test_an_encoder_decoder_learns_pairs(tokenizer, tmp_path):
     losses = [entry["eval_loss"] for entry in result.history if "eval_loss" in entry]
     assert losses[-1] < 0.75 * result.history[0]["loss"]
     batch = next(batches(dataset, 4, seed=0))
-    assert batch["input_ids"].shape == (4, 32) and batch["labels"].shape == (4, 32)
+    assert batch["input_ids"].shape == (4, 16) and batch["labels"].shape == (4, 16)
     adapters, _ = qj.peft.load(tmp_path / "out", model)
     for mine, theirs in zip(*map(jax.tree.leaves, (result.adapters, adapters)), strict=True):
         np.testing.assert_array_equal(mine, theirs)
