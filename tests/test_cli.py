@@ -183,7 +183,11 @@ def test_a_folder_in_four_bits_keeps_its_format(folder, rows, tmp_path, capsys):
     assert "its weights are in 4 bits, so --quantization none cannot be" in text
     merge = ("--model", small, "--adapter", adapter, "--output", tmp_path / "m")
     text = refused(capsys, "merge", *merge, "--into", "original")
-    assert "the original weights are not in this folder" in text
+    assert "the original weights are not in this checkpoint" in text
+    run("convert", folder, tmp_path / "bnb", "--to", "bitsandbytes")
+    merge = ("--model", tmp_path / "bnb", "--adapter", adapter, "--output", tmp_path / "m")
+    text = refused(capsys, "merge", *merge, "--into", "original")
+    assert "the original weights are not in this checkpoint" in text
     assert not (tmp_path / "m").exists()
 
 

@@ -28,6 +28,7 @@ from qlora_jax.checkpoints.torch_files import TorchFolder
 from qlora_jax.errors import QloraError
 from qlora_jax.lora.adapters import named_leaves
 from qlora_jax.models import T5Config, family_of, read_config
+from qlora_jax.models.config import special_tokens
 from qlora_jax.models.encoder_config import EncoderConfig
 from qlora_jax.models.typed import entry
 from qlora_jax.quant import Policy, QuantConfig, QuantizedArray, quantize
@@ -243,9 +244,20 @@ def _read_config(folder: Path) -> tuple[Any, Mapping[str, Any] | None]:
             logger.warning(
                 "%s: a %s, of which the text model is read, a %s", folder, kind, config.model_type
             )
-        return config, already
+        return _with_ends(config, folder), already
     except QloraError as error:
         raise QloraError(f"{folder}: {error}") from error
+
+
+def _with_ends(config: Any, folder: Path) -> Any:
+    """The configuration with all tokens that end an answer: those of chat models' turns are often
+    in generation_config.json alone."""
+    path = folder / "generation_config.json"
+    if not path.is_file():
+        return config
+    more = special_tokens({"eos_token_id": read_json(path).get("eos_token_id")})["eos_token_id"]
+    ends = dict.fromkeys((*config.eos_token_id, *more))
+    return dataclasses.replace(config, eos_token_id=tuple(ends))
 
 
 def _open_folder(folder: Path, config: Any, already: Mapping[str, Any] | None) -> Tensors:

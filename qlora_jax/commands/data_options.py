@@ -121,6 +121,21 @@ class DataOptions:
                 )
         return train, held_out, weights
 
+    def longest(self, encoder_decoder: bool) -> int:
+        """The most tokens that a row of the model may have; of an encoder-decoder on either
+        side."""
+        if encoder_decoder:
+            return max(self.source_max_length, self.target_max_length)
+        sources = [Source.parse(text) for text in self.data]
+        whole = {"auto", "classification"}
+        lengths = [
+            self.max_length
+            if (source.format or self.dataset_format) in whole
+            else self.source_max_length + self.target_max_length
+            for source in sources
+        ]
+        return max(lengths, default=self.max_length)
+
     def labels(self, *sources: Sequence[Rows]) -> Labels | None:
         """What there is to predict, if the rows are to be classified. Raises as `Labels.of`."""
         rows = [row for part in sources for rows in part for row in rows]

@@ -8,8 +8,7 @@ from typing import Literal
 from qlora_jax import lora
 from qlora_jax.checkpoints import peft
 from qlora_jax.checkpoints.export import save_pretrained
-from qlora_jax.checkpoints.load import load
-from qlora_jax.checkpoints.quantized import is_quantized_folder
+from qlora_jax.checkpoints.load import is_four_bit, load
 from qlora_jax.commands.options import ModelOptions
 from qlora_jax.errors import QloraError
 
@@ -30,12 +29,12 @@ class Merge(ModelOptions):
     def run(self) -> None:
         """Writes the checkpoint, and prints how far its weights are from the trained ones.
 
-        Raises QloraError for --into original with a folder that `quantize` wrote.
+        Raises QloraError for --into original with a checkpoint in 4 bits.
         """
-        if self.into == "original" and is_quantized_folder(Path(self.model).expanduser()):
+        if self.into == "original" and is_four_bit(self.model):
             raise QloraError(
-                f"{self.model}: the original weights are not in this folder, only 4-bit ones; give "
-                "the checkpoint that it was made of as --model, or leave out --into original"
+                f"{self.model}: the original weights are not in this checkpoint, only 4-bit ones; "
+                "give the one that it was made of as --model, or leave out --into original"
             )
         model = self.load()
         adapters, _ = peft.load(self.adapter, model)

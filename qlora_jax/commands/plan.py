@@ -14,7 +14,7 @@ from qlora_jax.commands.options import DType, Format
 from qlora_jax.commands.train import Train
 from qlora_jax.errors import QloraError
 from qlora_jax.lora import LoraConfig
-from qlora_jax.models import read_config
+from qlora_jax.models import T5Config, read_config
 from qlora_jax.models.remat import RematPolicy
 from qlora_jax.plan import chart, devices, report
 from qlora_jax.plan.compiling import Compiler
@@ -43,7 +43,7 @@ class Plan:
     device that rows are split over."""
     sequence: int | None = None
     """Tokens of a row; 512 or the model's context, or of a recipe its training.sequence_length or
-    max_length."""
+    else the most that its lengths of examples allow."""
     rank: int | None = None
     """R of the adapters; 64 on all linear layers."""
     mesh: str | None = None
@@ -103,6 +103,7 @@ class Plan:
     def workload(self, count: int = 1) -> Workload:
         """What is to be planned: the recipe's, or usual settings, with the options put in. count:
         of devices."""
+        train = None
         if self.recipe is None:
             if self.model is None:
                 raise QloraError("which MODEL? Give a folder, a config.json or a name, or --recipe")
@@ -112,7 +113,7 @@ class Plan:
         else:
             train = parse(Train, ["--config", str(self.recipe)], "recipe")
             model, lora, training = self.model or train.model, train.lora, train.training
-            time = training.sequence_length or train.max_length
+            time = training.sequence_length
             form = _form(train.quantization, train.block_size, train.double_quant)
             dtype, mesh = train.dtype, train.mesh
         training = dataclasses.replace(
@@ -129,10 +130,14 @@ class Plan:
         if self.quantization is not None:
             form = _form(self.quantization, None, True)
         dtype, about = self.dtype or dtype, read_about(model)
+        config = read_config(about)
         time = time if self.sequence is None else self.sequence
+        if time is None:
+            usual = USUAL if train is None else train.longest(isinstance(config, T5Config))
+            time = min(usual, context(config) or usual)
         workload = Workload(
             about=about,
-            time=min(USUAL, context(read_config(about)) or USUAL) if time is None else time,
+            time=time,
             lora=lora,
             training=training,
             quantization=form,

@@ -14,6 +14,7 @@ from qlora_jax.data.reading import read_rows
 from qlora_jax.data.seq2seq import encode_whole
 from qlora_jax.data.tokenize import TokenizedDataset, padding_id
 from qlora_jax.errors import QloraError
+from qlora_jax.models.loss import IGNORE
 
 # What is read: one text, or two that are read together. The names are those of GLUE's tasks.
 FIELDS = (
@@ -133,8 +134,17 @@ class LabelledDataset(TokenizedDataset):
         return batch
 
     @property
-    def filler(self) -> None:
-        """None: a number to predict cannot be left out of the loss."""
+    def filler(self) -> LabelledExample | None:
+        """As of other datasets; None where numbers are predicted: none can be left out."""
+        first = self.examples[0]
+        if first.labels.dtype.kind == "f":
+            return None
+        typed = getattr(first, "token_type_ids", None) is not None
+        return LabelledExample(
+            input_ids=np.full(1, self.pad_id, np.int32),
+            labels=np.asarray(IGNORE, np.int32),
+            token_type_ids=np.zeros(1, np.int32) if typed else None,
+        )
 
 
 def tokenize_labelled(

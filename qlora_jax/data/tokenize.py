@@ -130,13 +130,17 @@ def _label_chat(tokenizer: Any, example: Example) -> tuple[list[int], list[int]]
     ids = encode(tokenizer, whole)
     labels = [IGNORE] * len(ids)
     for turn, message in enumerate(example.messages):
-        if message.role != "assistant":
+        # What a conversation begins with answers nothing: chat templates cannot ask for it.
+        if message.role != "assistant" or turn == 0:
             continue
         before = render(tokenizer, example.messages[:turn], generation_prompt=True)
         start, end = encode(tokenizer, before), ids
         if turn + 1 < len(example.messages):
             after = render(tokenizer, example.messages[: turn + 1], generation_prompt=False)
             end = encode(tokenizer, after)
+            # Some templates end a whole conversation with a token that no turn has (Phi-3's).
+            if end[-1:] == [tokenizer.eos_token_id] and ids[: len(end)] != end:
+                end = end[:-1]
         if ids[: len(start)] != start or ids[: len(end)] != end or len(start) >= len(end):
             raise QloraError(
                 f"the tokens before message {turn} are no prefix of the whole conversation's, so "
@@ -171,7 +175,8 @@ def tokenize(
     *,
     share: bool = False,
 ) -> TokenizedDataset:
-    """Tokenizes conversations; every assistant turn, up to and with its end token, is labelled.
+    """Tokenizes conversations; every assistant turn, up to and with its end token, is labelled, but
+    not one that a conversation begins with.
 
     tokenizer: a transformers fast tokenizer. max_length: longer examples are cut on the right, and
     dropped if no label remains. template: "chat" applies the tokenizer's chat template, "plain"

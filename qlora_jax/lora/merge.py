@@ -23,21 +23,21 @@ def merge(params: Any, adapters: Adapters, dtype: Any = None) -> Any:
     says what the rounding costs. To merge into the original 16-bit weights, give those as `params`.
     """
 
-    def one(leaf: Any) -> Any:
+    def one(base: Any, leaf: Any) -> Any:
         if is_weight(leaf):
             return leaf.dequantize(dtype)
-        if dtype is not None and jnp.issubdtype(leaf.dtype, jnp.floating):
-            return leaf.astype(dtype)
-        return leaf
+        # One trained in full was so in fp32.
+        own = base.dtype if dtype is None else dtype
+        return leaf.astype(own) if jnp.issubdtype(leaf.dtype, jnp.floating) else leaf
 
-    return jax.tree.map(one, attach(params, adapters), is_leaf=is_weight)
+    return jax.tree.map(one, params, attach(params, adapters), is_leaf=is_weight)
 
 
 def unmerge(params: Any, adapters: Adapters) -> Any:
     """The inverse of `merge` on dense weights, up to the rounding of their dtype.
 
-    Raises QloraError for quantized weights, and for a DoRA adapter with columns larger than the
-    weight's own: then the merged weight does not say what it was.
+    Raises QloraError for quantized weights, for weights trained in full, and for a DoRA adapter
+    with columns larger than the weight's own: those do not say what they were.
     """
     for path, leaf in named_leaves(params).items():
         if path in adapters and isinstance(leaf, QuantizedArray):
@@ -50,6 +50,8 @@ def unmerge(params: Any, adapters: Adapters) -> Any:
             negated[path] = dataclasses.replace(adapter, lambda_b=-adapter.lambda_b)
         elif path == PROJECTIONS:
             negated[path] = adapter
+        elif not isinstance(adapter, LoraWeights):
+            raise QloraError(f"{path} was trained in full: what it was before is not known")
 
     def one(path: Any, leaf: Any) -> Any:
         adapter = adapters.get(path_str(path))

@@ -78,7 +78,8 @@ def select_full(paths: Iterable[str], modules: tuple[str, ...]) -> list[str]:
     for module in modules:
         below = [p for p in paths if any(_is_suffix(module, prefix) for prefix in _prefixes(p))]
         if not below:
-            raise _unmatched(module, {prefix for p in paths for prefix in _prefixes(p)})
+            known = {prefix for p in paths for prefix in _prefixes(p)}
+            raise _unmatched(module, known, "module to train in full")
         chosen += below
     return list(dict.fromkeys(chosen))
 
@@ -93,7 +94,8 @@ def _prefixes(path: str) -> list[str]:
     return [".".join(parts[: i + 1]) for i in range(len(parts))]
 
 
-def _unmatched(target: str, known: set[str]) -> QloraError:
-    return QloraError(
-        f"target {target!r} matches no module; there are: {', '.join(sorted(known)) or 'none'}"
-    )
+def _unmatched(name: str, known: set[str], kind: str = "target") -> QloraError:
+    tied = "embed_tokens" in known and _is_suffix("lm_head", name)
+    hint = " (a tied head is the table of embed_tokens)" if tied else ""
+    there = ", ".join(sorted(known)) or "none"
+    return QloraError(f"{kind} {name!r} matches no module{hint}; there are: {there}")

@@ -20,7 +20,7 @@ from qlora_jax.models.attention import use_attention
 from qlora_jax.parallel import Layout, is_first, whole_here
 from qlora_jax.training.auto import fitting
 from qlora_jax.training.checkpoints import Checkpoint, RunCheckpoints, check_unused
-from qlora_jax.training.checks import check_examples
+from qlora_jax.training.checks import checked
 from qlora_jax.training.evaluation import HeldOut
 from qlora_jax.training.interrupts import Interrupts
 from qlora_jax.training.log import StepLog, rate_table
@@ -103,9 +103,8 @@ def fit(
     for package, purpose, extra in _NEEDED_AT_THE_END:
         if importlib.util.find_spec(package) is None:
             raise missing(package, purpose, extra)
-    for examples in (train, evaluation):
-        if examples is not None:
-            check_examples(model, examples)
+    train = checked(model, train)
+    evaluation = None if evaluation is None else checked(model, evaluation)
     layout = None if mesh is None else Layout.of(mesh, model.config)
     rows = None if layout is None else layout.own_rows(settings.batch_size)
     stream = StepBatches(train, settings, rows)

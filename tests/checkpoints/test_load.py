@@ -393,3 +393,16 @@ def test_export_merges_adapters_on_the_way(folder, tmp_path):
     merged = qj.lora.merge(model.params, adapters)
     again = qj.load(tmp_path / "merged").params
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=0, atol=2e-6), again, merged)
+
+
+def test_an_answer_ends_where_generation_config_says_too(folder, copy, tmp_path):
+    """Phi-3's turns end with a token that config.json does not name."""
+    (copy / "generation_config.json").write_text('{"eos_token_id": [9, 1, 7]}')
+    model = qj.load(copy)
+    assert qj.load(folder).config.eos_token_id == (1,)
+    assert model.config.eos_token_id == (1, 9, 7)
+    export.save_pretrained(tmp_path / "again", model)
+    assert qj.load(tmp_path / "again").config.eos_token_id == (1, 9, 7)
+    (copy / "generation_config.json").write_text('{"eos_token_id": ["</s>"]}')
+    with pytest.raises(qj.QloraError, match="copy: .*eos_token_id"):
+        qj.load(copy)

@@ -111,6 +111,25 @@ def test_a_template_that_rewrites_the_past_is_refused(tokenizer, monkeypatch):
         tokenize(rows_to_examples([{"messages": CHAT}], "here"), tokenizer, 512)
 
 
+def test_a_token_that_ends_whole_conversations_only(tokenizer, monkeypatch):
+    """As Phi-3's template writes it: no turn but the last has it."""
+    template = (
+        "{% for m in messages %}{{ m.role }}: {{ m.content }};{% endfor %}"
+        "{% if add_generation_prompt %}assistant: {% else %}{{ eos_token }}{% endif %}"
+    )
+    monkeypatch.setattr(tokenizer, "chat_template", template)
+    (example,) = tokenize(rows_to_examples([{"messages": CHAT}]), tokenizer, 512)
+    assert labelled(tokenizer, example) == "hello;ciao;</s>"
+
+
+def test_what_a_conversation_begins_with_is_no_answer(tokenizer):
+    greeting = [{"role": "assistant", "content": "welcome"}]
+    rows = [{"messages": greeting + CHAT[1:]}, {"messages": CHAT}]
+    example, _ = tokenize(rows_to_examples(rows), tokenizer, 512)
+    assert labelled(tokenizer, example) == "hello</s>ciao</s>"
+    assert "welcome" in tokenizer.decode(example.input_ids)
+
+
 def test_long_examples_are_cut_or_dropped(tokenizer):
     rows = [
         {"prompt": "p" * 5, "completion": "c" * 50},

@@ -122,6 +122,17 @@ def test_unmerging_takes_the_adapter_out_again():
         qj.lora.unmerge(tree(quantized=True), weights())
 
 
+def test_what_was_trained_in_full_is_merged_in_its_own_type():
+    params = tree(jnp.bfloat16)
+    config = qj.LoraConfig(rank=R, targets=("up",), modules_to_save=("embed_tokens",))
+    adapters = qj.lora.init(jax.random.key(0), params, config)
+    assert adapters[TABLE].dtype == jnp.float32
+    merged = qj.lora.merge(params, adapters)
+    assert {x.dtype for x in jax.tree.leaves(merged)} == {jnp.dtype(jnp.bfloat16)}
+    with pytest.raises(qj.QloraError, match=f"{TABLE} was trained in full"):
+        qj.lora.unmerge(merged, adapters)
+
+
 def test_the_error_of_merging_is_reported():
     params, original = tree(quantized=True), tree()
     base = params["layers"]["up"]["kernel"].dequantize(jnp.float32)

@@ -165,6 +165,9 @@ def test_select_full_does_not_match_parts_of_names() -> None:
     assert select_full(SHAPES, ("norm",)) == ["norm/scale"]
     with pytest.raises(QloraError, match="'head' matches no module.*lm_head"):
         select_full(SHAPES, ("head",))
+    tied = [path for path in SHAPES if not path.startswith("lm_head")]
+    with pytest.raises(QloraError, match="train in full 'lm_head'.*tied head is the table of emb"):
+        select_full(tied, ("lm_head",))
 
 
 def test_modules_to_save_are_trained_in_full() -> None:

@@ -162,6 +162,16 @@ def test_a_recipe(folder, capsys, tmp_path):
     main([*command, "--trials", "0", "--batch", "1", "--sequence", "32"])
     numbers = json.loads(capsys.readouterr().out)
     assert (numbers["batch"], numbers["sequence"]) == (1, 32)
+    # Of rows with a source and a target both make up a row, as far as the context goes.
+    for lengths, sequence in (((100, 28), 128), ((200, 100), 256)):
+        text = recipe.read_text().split("dataset_format")[0]
+        source, target = lengths
+        recipe.write_text(
+            f"{text}dataset_format: alpaca\nsource_max_length: {source}\n"
+            f"target_max_length: {target}\n"
+        )
+        main([*command, "--trials", "0"])
+        assert json.loads(capsys.readouterr().out)["sequence"] == sequence
 
 
 @pytest.mark.parametrize(

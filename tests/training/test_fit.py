@@ -98,12 +98,16 @@ def test_a_loss_that_is_not_finite_stops_the_run(tmp_path):
         (
             range(5, 70),
             None,
-            "example 1 has 65 tokens, more than .* context of 64.*--max-length 64",
+            r"example 1 \(rows:2\) has 65 tokens, more than .* context of 64.*--max-length.*--so",
         ),
-        ([3, 64, 5], None, "example 1 has the token id 64, the model's vocabulary is 0 to 63"),
-        ([3, -1, 5], None, "example 1 has the token id -1"),
-        ([3, 4, 5], [-100, 64, 5], "example 1 has the label 64"),
-        ([3, 4, 5], [-100, -1, 5], "example 1 has the label -1.* nor -100"),
+        (
+            [3, 64, 5],
+            None,
+            r"example 1 \(rows:2\) has the token id 64, the model's vocabulary is 0 to 63",
+        ),
+        ([3, -1, 5], None, "has the token id -1"),
+        ([3, 4, 5], [-100, 64, 5], "has the label 64"),
+        ([3, 4, 5], [-100, -1, 5], "has the label -1.* nor -100"),
     ],
 )
 @pytest.mark.parametrize("held_out", [False, True])
@@ -112,7 +116,7 @@ def test_examples_that_the_model_cannot_take(ids, labels, message, held_out, tmp
     ids = np.asarray(ids, np.int32) % 64 if len(ids) > 64 else np.asarray(ids, np.int32)
     labels = ids if labels is None else np.asarray(labels, np.int32)
     good = models.dataset(1)
-    examples = (*good.examples, TokenizedExample(ids, labels))
+    examples = (*good.examples, TokenizedExample(ids, labels, "rows:2"))
     bad = dataclasses.replace(good, examples=examples)
     train, evaluation = (good, bad) if held_out else (bad, None)
     with pytest.raises(qj.QloraError, match=message):
@@ -120,6 +124,22 @@ def test_examples_that_the_model_cannot_take(ids, labels, message, held_out, tmp
             models.model(), CONFIG, train, TrainSettings(), tmp_path / "out", evaluation=evaluation
         )
     assert not (tmp_path / "out").exists()
+
+
+def test_a_padding_token_that_the_model_lacks(tmp_path):
+    """Such as a [PAD] that was added to a Llama's tokenizer: what embeds it would be NaN."""
+    losses = []
+    for pad_id in (0, 64):
+        data = dataclasses.replace(models.dataset(6), pad_id=pad_id)
+        settings = TrainSettings(steps=2, batch_size=3)
+        out = tmp_path / str(pad_id)
+        result = trainer.fit(
+            models.model(), CONFIG, data, settings, out, evaluation=data, display=False
+        )
+        losses.append(
+            [x for line in result.history for x in (line.get("loss"), line.get("eval_loss"))]
+        )
+    assert losses[0] == losses[1]
 
 
 def test_examples_as_long_as_the_context(tmp_path):

@@ -94,11 +94,44 @@ def test_an_encoder_learns_labels(kind, tokenizer, tmp_path):
     result = fit(model, lora, dataset, tmp_path / "out")
     losses = [entry["eval_loss"] for entry in result.history if "eval_loss" in entry]
     assert losses[-1] < 0.75 * result.history[0]["loss"]
-    # 6 rows in batches of 4: the last one is smaller, and nothing is counted twice.
-    sizes = [len(b["labels"]) for b in evaluation_batches(dataset, 4, sequence_length=32)]
-    assert sizes == [4, 2]
+    # 6 rows in batches of 4: nothing is counted twice, as the last one is filled up with rows of no
+    # class, or smaller where numbers are predicted.
+    last = list(evaluation_batches(dataset, 4, sequence_length=32))[-1]
+    assert len(last["labels"]) == (4 if kind == "names" else 2)
+    assert model.loss(model.params, last)[1] == 2
     adapters, _ = qj.peft.load(tmp_path / "out", model)
     assert any(path.startswith("classifier") for path in adapters)
+
+
+def test_classes_are_evaluated_on_a_mesh_whatever_their_number(tokenizer, tmp_path):
+    texts = [LabelledText((word,), i % 2) for i, word in enumerate(WORDS)]
+    config = read_config(ROBERTA | {"vocab_size": len(tokenizer)})
+
+    def run(texts, labels, output, **how):
+        held_out = tokenize_labelled(texts[:5], tokenizer, 32, labels)
+        dataset = tokenize_labelled(texts, tokenizer, 32, labels)
+        with_head = config.with_head("classification", len(labels.names or "1"))
+        model = qj.EncoderModel(with_head, quantized(with_head), tokenizer, "tiny", np.float32)
+        result = trainer.fit(
+            model,
+            qj.LoraConfig(rank=2),
+            dataset,
+            TrainSettings(steps=1, batch_size=2),
+            tmp_path / output,
+            evaluation=held_out,
+            display=False,
+            **how,
+        )
+        return result.history[-1]
+
+    mesh = qj.make_mesh("data=2", jax.devices()[:2])
+    alone = run(texts, Labels.of(texts), "one")
+    split = run(texts, Labels.of(texts), "two", mesh=mesh)
+    assert alone["eval_tokens"] == split["eval_tokens"] == 5
+    np.testing.assert_allclose(split["eval_loss"], alone["eval_loss"], rtol=1e-5)
+    numbers = [LabelledText((word,), 0.5 + i) for i, word in enumerate(WORDS)]
+    with pytest.raises(qj.QloraError, match="5 held-out examples .* hold out a multiple of 2"):
+        run(numbers, Labels.of(numbers), "three", mesh=mesh)
 
 
 def test_labels():
