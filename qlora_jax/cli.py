@@ -20,8 +20,9 @@ COMMANDS = {
     "demo": ("Demo", "fine-tune a small model here and now, in a few minutes"),
 }
 FOOTER = (
-    "Every setting can also stand in a YAML file: --config FILE. Names are those of the options "
-    "without the dashes, those with a dot nested (lora: {rank: 16}); the command line wins."
+    "Every option can also stand in a YAML file: --config FILE. Names are those of the options "
+    "without the dashes, those with a dot nested (lora: {rank: 16}); the command line wins. What "
+    "has no dashes (MODEL, SOURCE, DEST) stands on the command line."
 )
 
 

@@ -8,8 +8,8 @@ import jax
 import pytest
 
 from qlora_jax import cli
+from qlora_jax.commands.data_options import DatasetFormat
 from qlora_jax.commands.train import Train
-from qlora_jax.data import PairFormat
 from tests import tiny
 from tests.test_readme import MODEL, blocks
 
@@ -58,7 +58,7 @@ def test_the_formats_are_all_described():
     named = {
         name for row in re.findall(r"^\| ([a-z0-9, -]+) \|", text, re.M) for name in row.split(", ")
     }
-    assert named - {"format"} == {"auto", *get_args(PairFormat)}
+    assert named - {"format"} == set(get_args(DatasetFormat))
 
 
 @pytest.mark.standard_promotion

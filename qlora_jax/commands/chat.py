@@ -17,7 +17,8 @@ class Chat(ModelOptions):
     """
 
     adapter: Path | None = None
-    """Folder of a PEFT adapter."""
+    """Folder of a PEFT adapter. Give --quantization, --block-size and --double-quant as in its
+    training."""
     system: str | None = None
     """A first message that tells the model how to behave."""
     sampling: Sampling = Sampling(temperature=0.7, top_p=0.9)

@@ -15,9 +15,10 @@ class DeviceOptions:
     """The mesh, and the other processes."""
 
     mesh: str | None = None
-    """How many devices are along each axis, such as "fsdp=8" or "data=2,fsdp=2,tensor=2"; -1, or an
-    axis left out: the rest. data splits examples, fsdp examples and weights, tensor weights alone.
-    Without it one device is used, by several processes all of theirs, along fsdp."""
+    """How many devices are along each axis, such as "fsdp=8" or "data=2,fsdp=2,tensor=2". The rest
+    is the axis of -1, else fsdp or data, the first that is left out. data splits examples, fsdp
+    examples and weights, tensor weights alone. Without it one device is used, by several processes
+    all of theirs, along fsdp."""
     distributed: bool = False
     """This is one of several processes, each of which runs this command; under Slurm and Open MPI,
     and where JAX_COORDINATOR_ADDRESS is set, that is found out."""

@@ -22,7 +22,8 @@ class Generate(ModelOptions):
     output: Path | None = None
     """Write those answers here instead of printing them."""
     adapter: Path | None = None
-    """Folder of a PEFT adapter."""
+    """Folder of a PEFT adapter. Give --quantization, --block-size and --double-quant as in its
+    training."""
     batch_size: int = 16
     """Prompts of a file that are answered together."""
     template: Template = "auto"

@@ -18,7 +18,8 @@ class Merge(ModelOptions):
     """Add an adapter into its base model and write a dense Hugging Face checkpoint."""
 
     adapter: Path
-    """Folder of the PEFT adapter."""
+    """Folder of the PEFT adapter. Give --quantization, --block-size and --double-quant as in its
+    training."""
     output: Path
     """Folder for the checkpoint; must not exist, or be empty."""
     into: Literal["dequantized", "original"] = "dequantized"

@@ -68,6 +68,16 @@ class ModelOptions:
             usual.double_quant and self.double_quant,
         )
 
+    def format_words(self) -> str:
+        """The options by which another command holds the weights alike; "" or beginning with a
+        space."""
+        words = {
+            f" --quantization {self.quantization}": self.quantization != "auto",
+            f" --block-size {self.block_size}": self.block_size is not None,
+            " --no-double-quant": not self.double_quant,
+        }
+        return "".join(word for word, said in words.items() if said)
+
 
 def with_adapter(model: Model, adapter: Path | None) -> Any:
     """The model's parameters, with the PEFT adapter in a folder attached."""

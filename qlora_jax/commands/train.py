@@ -95,7 +95,9 @@ class Train(DataOptions, DeviceOptions, ModelOptions):
         print(f"{count(result.adapters):,} parameters trained; adapter in {self.output}")
         base = model.source if taken_out else self.model
         if isinstance(model, Model):
-            print(f"try it: {program()} chat --model {base} --adapter {self.output}")
+            # A base that was taken out is in its format already, unless that is none.
+            words = "" if taken_out and self.format() else self.format_words()
+            print(f"try it: {program()} chat --model {base}{words} --adapter {self.output}")
 
     def _take_out(self, model: Model) -> tuple[Model, Adapters]:
         """The base that --lora.init leaves of a dense model, which is written, and the adapters."""
