@@ -54,6 +54,11 @@ class GGUFFile:
             raise QloraError(
                 f"{path}: cannot be read as GGUF ({error}); incomplete download?"
             ) from error
+        if (parts := self.field("split.count", 1)) > 1:
+            raise QloraError(
+                f"{path}: one of {parts} parts of a split file; make one of them by "
+                "`llama-gguf-split --merge FIRST-PART WHOLE`"
+            )
         self._dequantize = gguf.quants.dequantize
         self._tensors = {tensor.name: tensor for tensor in self._reader.tensors}
         self.architecture = str(self.field("general.architecture"))

@@ -285,7 +285,8 @@ def _check(config: Any, tensors: Tensors, made: Container[str]) -> None:
                 faults.append(f"{name}: has shape {have[name]}, expected {parameter.file_shape}")
             elif name in not_floating:
                 faults.append(
-                    f"{name}: has the type {not_floating[name]}, expected floating-point numbers"
+                    f"{name}: has the type {not_floating[name]}, expected floating-point numbers "
+                    "of at least 16 bits"
                 )
     unused = family_of(config).unused
     surplus = [

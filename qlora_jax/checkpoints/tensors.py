@@ -94,8 +94,9 @@ class SafetensorsFolder(HuggingFaceNames):
         return self._shapes
 
     def not_floating(self) -> dict[str, str]:
-        # F64, F32, F16, BF16, F8_E4M3, ...; the others are I64, U8, BOOL and the like.
-        return {n: kind for n, kind in self._types.items() if not kind.startswith(("F", "BF"))}
+        # The others are I64, U8, BOOL and the like, and F8_E4M3 and its kin, which need scales.
+        known = ("F64", "F32", "F16", "BF16")
+        return {n: kind for n, kind in self._types.items() if kind not in known}
 
     def read(self, parameter: Parameter, layer: int) -> np.ndarray:
         name = self.name(parameter, layer)

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jax.extend.core import JaxprEqn
 
 from qlora_jax.lifting.lazy import Lazy
-from qlora_jax.lifting.products import matmul, matmul_transposed
+from qlora_jax.lifting.products import matmul, matmul_transposed, promoted
 from qlora_jax.lora.array import (
     AdaptedArray,
     cotangent,
@@ -52,6 +52,9 @@ def ragged_dot_general(eqn: JaxprEqn, x: Any, w: Any, group_sizes: Any) -> jax.A
     elif (dims[inner], dims[outer]) == (n, k):
         product = matmul_transposed
     else:
+        return None
+    x = promoted(x, eqn.invars[1].aval)
+    if x is None:
         return None
     result: Any = eqn.outvars[0].aval
 

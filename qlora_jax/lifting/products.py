@@ -165,6 +165,16 @@ def _dropout(x: jax.Array, w: AdaptedArray) -> jax.Array:
     return jnp.where(keep, x / jnp.asarray(1.0 - w.dropout, x.dtype), jnp.zeros((), x.dtype))
 
 
+def promoted(x: jax.Array, weight: Any) -> jax.Array | None:
+    """x in the type in which it and a weight (an aval) are multiplied, since primitives take two
+    types; None if that is complex, which no 4-bit weight's product is."""
+    if x.dtype == weight.dtype:
+        return x
+    with jax.numpy_dtype_promotion("standard"):
+        dtype = jnp.promote_types(x.dtype, weight.dtype)
+    return None if jnp.issubdtype(dtype, jnp.complexfloating) else x.astype(dtype)
+
+
 def dot_general(eqn: JaxprEqn, lhs: Any, rhs: Any) -> jax.Array | None:
     """The rule for dot_general of a weight and an array; None if it is no product over K or N."""
     (lhs_c, rhs_c), (lhs_b, rhs_b) = eqn.params["dimension_numbers"]
@@ -190,6 +200,9 @@ def dot_general(eqn: JaxprEqn, lhs: Any, rhs: Any) -> jax.Array | None:
     else:
         return None
 
+    x = promoted(x, eqn.invars[int(w_is_rhs)].aval)
+    if x is None:
+        return None
     meeting = {at: dims[j] for j, at in zip((*w_c, *w_b), (*x_c, *x_b), strict=True)}
     # Label x's axes: by atoms where they meet the weight's, by themselves where they are free.
     labels: list[Any] = []

@@ -58,23 +58,33 @@ class RopeConfig:
         for name in ("theta", "factor", "original_max_position_embeddings"):
             if (value := getattr(self, name)) is not None and value <= 0:
                 raise QloraError(f"the {name} of rotary embedding is {value}, expected more than 0")
+        if self.kind == "yarn" and self.theta == 1:
+            raise QloraError("the theta of rotary embedding is 1, which yarn cannot scale")
+        low, high = self.low_freq_factor, self.high_freq_factor
+        if low is not None and high is not None and not 0 < low < high:
+            raise QloraError(
+                f"low_freq_factor {low} and high_freq_factor {high} of rotary embedding must be "
+                "more than 0, the second more than the first"
+            )
 
     @classmethod
     def from_hf(
         cls, hf: Mapping[str, Any], *, partial: bool = False, longrope: bool = False
     ) -> "RopeConfig":
-        """Reads `rope_parameters` (transformers 5) or `rope_scaling` with `rope_theta` (before).
+        """Reads `rope_parameters` (transformers 5) or `rope_scaling` with `rope_theta` (before);
+        where a file has both, the scaling counts, as for transformers.
 
         partial, longrope: whether the family has heads rotated in part, and this scaling.
         Raises QloraError for what it does not know, and for settings that are missing or unknown.
         """
-        key = "rope_parameters" if hf.get("rope_parameters") else "rope_scaling"
-        given = dict(entry(hf, key, Mapping, {}))
+        key = "rope_scaling" if hf.get("rope_scaling") else "rope_parameters"
+        given, nested = (dict(entry(hf, k, Mapping, {})) for k in (key, "rope_parameters"))
         kind = given.pop("rope_type", None) or given.pop("type", None) or "default"
         given.pop("type", None)
-        theta = entry(hf, "rope_theta", float) or 10000.0
-        theta = entry(given, "rope_theta", float) or theta
+        thetas = (entry(place, "rope_theta", float) for place in (given, hf, nested))
+        theta = next(filter(None, thetas), 10000.0)
         part = entry(hf, "partial_rotary_factor", float, 1.0)
+        part = entry(nested, "partial_rotary_factor", float, part)
         part = entry(given, "partial_rotary_factor", float, part)
         for name in ("rope_theta", "partial_rotary_factor"):
             given.pop(name, None)

@@ -51,6 +51,11 @@ def complete(sizes: Mapping[str, int], devices: int) -> dict[str, int]:
     given. Raises QloraError where they leave no whole number, or something and no axis for it.
     """
     named = ", ".join(f"{name}={size}" for name, size in sizes.items())
+    for name, size in sizes.items():
+        if name not in AXES or (size < 1 and size != -1):
+            raise QloraError(
+                f"mesh {named}: axes are {', '.join(AXES)}, each a number of devices or -1"
+            )
     open_axes = [name for name, size in sizes.items() if size == -1]
     if len(open_axes) > 1:
         raise QloraError(f"mesh {named}: only one axis can be what is left of the devices")

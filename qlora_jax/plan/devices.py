@@ -214,6 +214,8 @@ def find(name: str) -> Device:
 
 def _slice(name: str, generation: str, shape: str, chips: str) -> Device:
     about = _TPUS[generation]
+    if chips and shape:
+        raise QloraError(f"device {name!r}: give the number of chips or the topology, not both")
     if chips:
         if about.axes != 2 or not chips.isdecimal() or int(chips) not in _SLICES:
             sizes = f", or {generation}-N, N one of {', '.join(map(str, _SLICES))}"
@@ -227,6 +229,10 @@ def _slice(name: str, generation: str, shape: str, chips: str) -> Device:
         raise QloraError(
             f"device {name!r}: a topology of {generation} has {about.axes} numbers of chips, such "
             f"as {generation}:{'x'.join('2' * about.axes)}"
+        )
+    if about.axes == 2 and shape not in _SLICES.values():
+        raise QloraError(
+            f"device {name!r}: slices of {generation} are {', '.join(_SLICES.values())}"
         )
     count = math.prod(map(int, shape.split("x"))) * about.per_chip
     topology = {"platform": "tpu", "topology_name": f"{about.platform}:{shape}"}

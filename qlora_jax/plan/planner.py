@@ -195,14 +195,16 @@ class Planner:
                 found.append(Suggestion(what, options, total, room))
                 break
         if batch is not None and 0 < batch.fits < workload.batch:
-            parts = math.ceil(workload.batch / batch.fits)
-            size = math.ceil(workload.batch / parts)
-            changed = workload.with_training(
-                batch_size=size, accumulate=parts * workload.training.accumulate
-            )
+            # The same rows a step, and of each part the same for every device.
+            rows = workload.rows(self._device.count)
+            least = math.ceil(workload.batch / batch.fits)
+            most = workload.batch // rows
+            parts = next(n for n in range(least, most + 1) if workload.batch % (n * rows) == 0)
+            size, accumulate = workload.batch // parts, parts * workload.training.accumulate
+            changed = workload.with_training(batch_size=size, accumulate=accumulate)
             total = self._measured(changed)
             if total is not None and total <= room:
-                options = f"--training.batch-size {size} --training.accumulate {parts}"
+                options = f"--training.batch-size {size} --training.accumulate {accumulate}"
                 found.append(Suggestion("smaller micro-batches, accumulated", options, total, room))
         if sequence is not None and 0 < sequence.fits < workload.time:
             total = self._corrected(workload.with_time(sequence.fits))

@@ -262,6 +262,13 @@ def test_sentence_piece_takes_the_best_merge_first(folder, tmp_path):
     assert tokenizer.decode(ids, skip_special_tokens=True) == "abc é"
 
 
+def test_a_part_of_a_split_file(folder, tmp_path):
+    path = tmp_path / "m-00001-of-00003.gguf"
+    write(path, folder, key_value=("split.count", 3, gguf.GGUFValueType.UINT16))
+    with pytest.raises(qj.QloraError, match="one of 3 parts of a split file"):
+        qj.load(path)
+
+
 def test_faults(folder, tmp_path):
     path = tmp_path / "broken.gguf"
     path.write_bytes(b"GGUF, but not really")

@@ -253,6 +253,23 @@ def test_a_tied_embedding_needs_weight_tying(model, tmp_path):
         qj.peft.load(tmp_path, model)
 
 
+def test_the_table_that_peft_writes_beside_the_adapter_of_an_embedding(model, tmp_path):
+    """Its `save_embedding_layers="auto"`."""
+    config = qj.LoraConfig(rank=2, targets=("q_proj", "embed_tokens"))
+    qj.peft.save(tmp_path, trained(model, config), model, config)
+    path = tmp_path / "adapter_model.safetensors"
+    tensors, table = load_file(path), np.asarray(model.params["embed_tokens"]["embedding"])
+    name = "base_model.model.model.embed_tokens.base_layer.weight"
+    expected, _ = qj.peft.load(tmp_path, model)
+    save_file(tensors | {name: table}, path)
+    adapters, _ = qj.peft.load(tmp_path, model)
+    assert adapters.keys() == expected.keys()
+    for other, message in ((table[:-1], "resized"), (table + 1, "not the model's own")):
+        save_file(tensors | {name: other}, path)
+        with pytest.raises(qj.QloraError, match=message):
+            qj.peft.load(tmp_path, model)
+
+
 def test_dora_and_vera_are_of_all_layers(model, tmp_path):
     """Where a layer has no adapter, its magnitudes and vectors would be trained all the same."""
     for config in (

@@ -167,3 +167,18 @@ def test_what_has_no_rule_is_named() -> None:
     lifted = lift(lambda p, x: jax.lax.ragged_dot_general(x, p["w"], sizes, numbers), strict=True)
     with pytest.raises(QloraError, match="w: ragged_dot_general has no rule"):
         lifted(frozen, X)
+
+
+@pytest.mark.standard_promotion
+@pytest.mark.parametrize("dtype", ["bool", "int8"])
+def test_rows_of_whole_numbers(dtype: str) -> None:
+    sizes = jnp.asarray(SIZES["mixed"], jnp.int32)
+    x = jnp.asarray(np.random.default_rng(0).integers(0, 2, size=(M, K)), dtype)
+    frozen, _ = prepare({"up": UP}, {"up": (1, 1)}, "frozen")
+
+    def fn(p: Any, x: jax.Array) -> jax.Array:
+        return jax.lax.ragged_dot(x, p["up"], sizes, preferred_element_type=jnp.float32)
+
+    dense = {"up": frozen["up"].dequantize()}
+    got, expected = lift(fn, strict=True)(frozen, x), fn(dense, x.astype(jnp.float32))
+    np.testing.assert_allclose(got, expected, rtol=1e-5, atol=1e-5)

@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import qlora_jax as qj
 from qlora_jax import lora
 from qlora_jax.lift import lift
 from tests.lift.oracle import (
@@ -179,6 +180,29 @@ def test_compute_in_bfloat16() -> None:
         return jnp.dot(half, p["w"].T.astype(jnp.bfloat16), preferred_element_type=jnp.float32)
 
     check(fn, W, MATRIX, X, bases=BASES, rtol=2e-2)
+
+
+@pytest.mark.standard_promotion
+@pytest.mark.parametrize("dtype", ["bool", "int8", "int32", "uint32", "bfloat16"])
+def test_inputs_of_another_type_than_the_weight(dtype: str) -> None:
+    """Primitives take two types and multiply in the wider one: no weight is rounded to integers."""
+    x = jnp.asarray(np.random.default_rng(0).integers(0, 2, size=(5, 96)), dtype)
+    for base in BASES:
+        frozen, adapters = prepare(W, MATRIX, base)
+        got = lift(lambda p, x: x @ p["w"], strict=True)(lora.attach(frozen, adapters), x)
+        expected = x.astype(jnp.float32) @ densify(frozen, adapters)["w"]
+        assert got.dtype == jnp.float32
+        assert_close(got, expected, RTOL, base)
+
+
+@pytest.mark.standard_promotion
+def test_complex_inputs_have_no_rule() -> None:
+    frozen, _ = prepare(W, MATRIX, "frozen")
+    x = X[0] * (1 + 2j)
+    with pytest.raises(qj.QloraError, match="dot_general"):
+        lift(lambda p, x: x @ p["w"], strict=True)(frozen, x)
+    got = lift(lambda p, x: x @ p["w"])(frozen, x)
+    np.testing.assert_allclose(got, x @ densify(frozen, {})["w"], rtol=1e-4, atol=1e-4)
 
 
 def test_bfloat16_weights() -> None:

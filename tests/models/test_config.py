@@ -60,3 +60,19 @@ def test_whole_numbers_serve_as_floats_and_null_is_absent():
     assert checked("a", 2, float) == 2.0
     with pytest.raises(QloraError, match="a is missing; expected text"):
         needed({}, "a", str)
+
+
+def test_a_scaling_that_was_added_to_a_file_of_transformers_5():
+    """It counts, as for transformers; what it does not say is as it was."""
+    nested = {"rope_parameters": {"rope_type": "default", "rope_theta": 5e5}}
+    scaling = {"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64}
+    rope = LlamaConfig.from_hf(PLAIN | nested | {"rope_scaling": scaling}).rope
+    assert (rope.kind, rope.factor, rope.theta) == ("yarn", 4.0, 5e5)
+    assert LlamaConfig.from_hf(PLAIN | nested).rope.kind == "default"
+    for settings, message in (
+        (scaling | {"rope_theta": 1.0}, "theta .* is 1, which yarn cannot"),
+        ({"type": "llama3", "factor": 2, "low_freq_factor": 4, "high_freq_factor": 4}, "low_freq"),
+        ({"type": "llama3", "factor": 2, "low_freq_factor": 0, "high_freq_factor": 4}, "low_freq"),
+    ):
+        with pytest.raises(QloraError, match=message):
+            LlamaConfig.from_hf(PLAIN | {"rope_scaling": settings})

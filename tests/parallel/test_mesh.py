@@ -45,3 +45,6 @@ def test_sizes_that_do_not_fit(text: str, message: str) -> None:
 def test_a_mesh_of_all_devices() -> None:
     assert dict(make_mesh().shape) == {"data": 1, "fsdp": jax.device_count(), "tensor": 1}
     assert dict(make_mesh({"tensor": 2}, jax.devices()[:2]).shape)["tensor"] == 2
+    for sizes in ({"data": 0}, {"rows": 1}):
+        with pytest.raises(qj.QloraError, match="axes are data, fsdp, tensor, each a number"):
+            make_mesh(sizes)

@@ -28,7 +28,9 @@ def test_a_unknown_device_gets_the_list():
         find("gtx-1080")
 
 
-@pytest.mark.parametrize("name", ["v5e:2x2x2", "v5p:2x2", "v5e:0x4", "v5p-8", "v5e-3", "v5e-x"])
+@pytest.mark.parametrize(
+    "name", ["v5e:2x2x2", "v5p:2x2", "v5e:0x4", "v5p-8", "v5e-3", "v5e-x", "v5e-8:4x4", "v6e:3x5"]
+)
 def test_topologies_that_there_are_not(name):
     with pytest.raises(QloraError, match=name):
         find(name)

@@ -214,3 +214,19 @@ def test_a_gpus_step_has_the_attention_that_the_gpu_would_choose(device, attenti
         text = worker.lower(step.step, step.arguments, device).as_text()
     assert chosen == attention
     assert ("__cudnn$fmha" in text) == (attention == "cudnn")
+
+
+def test_smaller_micro_batches_are_the_same_step():
+    """32 rows fit, but two halves of 60 cannot be split over four devices: three parts can."""
+    device = find("v5e:2x2")
+
+    def plan(batch, device):
+        workload = WORKLOAD.with_training(batch_size=batch, accumulate=3)
+        return Planner(workload, device, None).plan(trials=1)
+
+    room = report.to_json(plan(32, device))["total"]
+    found = plan(60, shrunk(device, room))
+    assert not found.fits and found.batch.fits == 32
+    assert [s.options for s in found.suggestions if "accumulate" in s.options] == [
+        "--training.batch-size 20 --training.accumulate 9"
+    ]

@@ -20,6 +20,7 @@ from qlora_jax.lora import Adapters
 from qlora_jax.lora.tree import named_leaves
 from qlora_jax.quant import QuantizedArray
 
+_BASE = ".base_layer.weight"
 _KEY = re.compile(
     r"(?P<module>.+)\.(?P<what>lora_A\.weight|lora_B\.weight|lora_embedding_[AB]|"
     rf"{MAGNITUDE}|vera_lambda_[bd])"
@@ -62,6 +63,9 @@ class Reading:
         raise NotImplementedError
 
     def take(self, name: str, x: np.ndarray) -> None:
+        if name.endswith(_BASE) and (owner := self._modules.get(name.removesuffix(_BASE))):
+            self._check_base(name, x, *owner)
+            return
         match = _KEY.fullmatch(name)
         owner = self._modules.get(match["module"]) if match else self._names.get(name)
         if owner is None:
@@ -76,6 +80,19 @@ class Reading:
             self._factors.setdefault(parameter, {}).setdefault(layer, {})[part] = x
         else:
             self.faults.append(f"{name}: not what an adapter of this module is called")
+
+    def _check_base(self, name: str, x: np.ndarray, parameter: Parameter, layer: int) -> None:
+        """PEFT writes the table of an adapted embedding too, in case it was resized."""
+        leaf = named_leaves(self.model.params)[parameter.path]
+        if x.shape != parameter.file_shape:
+            self.faults.append(
+                f"{name}: has shape {x.shape}, the model's own is {parameter.file_shape}; a "
+                "vocabulary that was resized is not read"
+            )
+        elif isinstance(leaf, jax.Array | np.ndarray):
+            own = parameter.to_file(np.asarray(leaf[parameter.at(layer)], np.float32))
+            if not np.allclose(x.astype(np.float32), own, rtol=1e-2, atol=1e-3):
+                self.faults.append(f"{name}: not the model's own, and trained by no adapter")
 
     def _compare_with_description(self) -> None:
         """What was taken against what adapter_config.json names: neither more nor less."""
