@@ -67,7 +67,13 @@ class Loop:
             self.log.catch_up(write=stopping)
             if self._stuck:
                 raise self._given_up()
-            evaluated = self._evaluate()
+            try:
+                evaluated = self._evaluate()
+            except Exception:
+                # What was trained is not lost with it: such as where a device has no room for it.
+                self._save()
+                self.checkpoints.wait()
+                raise
             # After the evaluation, so that what goes on from here has its line.
             if saving or self.interrupts.caught:
                 self._save()

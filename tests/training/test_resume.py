@@ -18,6 +18,7 @@ import pytest
 import qlora_jax as qj
 from qlora_jax.training import checkpoints as checkpoints_module
 from qlora_jax.training.checkpoints import RunCheckpoints, is_finished
+from qlora_jax.training.evaluation import HeldOut
 from qlora_jax.training.settings import TrainSettings
 from qlora_jax.training.stream import StepBatches
 from qlora_jax.training.trainer import FitResult, fit
@@ -118,6 +119,19 @@ def test_a_killed_run_goes_on_from_its_newest_checkpoint(whole, tmp_path, capsys
     run(output, resume=True)
     assert adapter(output) == adapter(whole) and lines(output) == lines(whole)
     assert steps(output) == ["step-4", "step-6"]
+
+
+def test_an_evaluation_that_fails_loses_no_step(whole, tmp_path, monkeypatch):
+    def fails(*_: Any) -> Any:
+        raise RuntimeError("RESOURCE_EXHAUSTED")
+
+    output = tmp_path / "out"
+    with monkeypatch.context() as patch, pytest.raises(RuntimeError, match="EXHAUSTED"):
+        patch.setattr(HeldOut, "evaluate", fails)
+        run(output)
+    assert "step-3" in steps(output)  # not one at which the run saves anyway
+    run(output, resume=True)
+    assert adapter(output) == adapter(whole) and lines(output) == lines(whole)
 
 
 def test_a_run_that_is_finished_says_so(whole, tmp_path, capsys):
