@@ -117,7 +117,6 @@ class EncoderModel:
         # The loss differentiates the head apart from the layers, which it does not touch.
         layers = {"encoder": params["encoder"]}
         rest = {name: tree for name, tree in params.items() if name not in layers}
-
         dense = all_dense(rest["embeddings"])
 
         def head(head_params: Any, rows: jax.Array) -> jax.Array:

@@ -56,7 +56,7 @@ class GGUFFile:
             ) from error
         if (parts := self.field("split.count", 1)) > 1:
             raise QloraError(
-                f"{path}: one of {parts} parts of a split file; make one of them by "
+                f"{path}: one of {parts} parts of a split file; make one file of them by "
                 "`llama-gguf-split --merge FIRST-PART WHOLE`"
             )
         self._dequantize = gguf.quants.dequantize

@@ -177,7 +177,8 @@ def attend(
     kernel = KERNELS[name]
     here = {kernel.platform: functools.partial(kernel.attend, **how)}
 
-    # As in attention_xla: what a branch would keep for the backward pass, the others would too.
+    # What one branch would keep for the backward pass, the others would have to make too; so it is
+    # q, k and v alone.
     @functools.partial(jax.checkpoint, prevent_cse=False)
     def chosen(q: jax.Array, k: jax.Array, v: jax.Array, mask: Mask) -> jax.Array:
         default = functools.partial(attention_xla.attend, **how)

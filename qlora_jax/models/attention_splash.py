@@ -64,7 +64,7 @@ def attend(
 ) -> jax.Array:
     """As `attention.attend`, for T = S and no cache. interpret: on machines without a TPU.
 
-    For the backward pass q, k and v alone are kept, as XLA's attention has it.
+    For the backward pass q, k and v alone are kept.
     """
     groups, mixed = mask.groups(), mask.window is not None and mask.slides is not None
     how = _How(

@@ -91,7 +91,8 @@ def _backward(how: _How, kept: Any, g: jax.Array) -> Any:
         d_queries = _product("bngts,bnsd->bngtd", d_scores, keys[:, :, :seen])
         return (d_keys, d_values), (d_queries.astype(q.dtype),)
 
-    carry, arrays = _zeros(keys, values), (_by_head(q, k), log_sums, _by_head(g, k))
+    arrays = _by_head(q, k), log_sums, _by_head(g, k)
+    carry: Any = tuple(jnp.zeros(x.shape, jnp.float32) for x in (keys, values))
     spans = []
     for first, end, seen in _spans(q.shape[1], k.shape[1]):
         carry, found = _over_blocks(functools.partial(block, seen), carry, first, end, *arrays)
@@ -157,10 +158,6 @@ def _by_head(x: jax.Array, k: jax.Array) -> jax.Array:
 
 def _joined(spans: list[Any]) -> Any:
     return jax.tree.map(lambda *parts: jnp.concatenate(parts, axis=3), *spans)
-
-
-def _zeros(*arrays: jax.Array) -> tuple[jax.Array, ...]:
-    return tuple(jnp.zeros(x.shape, jnp.float32) for x in arrays)
 
 
 _product = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
