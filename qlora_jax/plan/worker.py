@@ -30,12 +30,14 @@ from qlora_jax.plan.devices import CUDNN, Device, find
 from qlora_jax.plan.workload import Workload
 from qlora_jax.quant.implementations import use_implementation
 from qlora_jax.training.estimate import DECODED
+from qlora_jax.training.step import GPU_OPTIONS
 
 EXHAUSTED = "RESOURCE_EXHAUSTED"
 """How XLA begins to say that a program does not fit; the TPU compiler says it of itself."""
 
-# Memory is laid out before machine code is made, which then need not be good.
-_FAST = {"gpu": {"xla_backend_optimization_level": 0}, "tpu": None}
+# As the device would run it; memory is laid out before machine code is made, which then need not
+# be good.
+_OPTIONS = {"gpu": GPU_OPTIONS | {"xla_backend_optimization_level": 0}, "tpu": None}
 
 
 def compile_step(workload: Workload, device: Device) -> dict[str, Any]:
@@ -59,7 +61,7 @@ def compile_step(workload: Workload, device: Device) -> dict[str, Any]:
         "estimate": dataclasses.asdict(estimated),
     }
     try:
-        memory, _ = compile_lowered(lowered, device, _FAST[device.compiler])
+        memory, _ = compile_lowered(lowered, device, _OPTIONS[device.compiler])
     except jax.errors.JaxRuntimeError as error:
         if not str(error).startswith(EXHAUSTED):
             raise

@@ -73,8 +73,7 @@ def nf4_matmul(
 ) -> jax.Array:  # fmt: skip
     """reference.nf4_matmul of x [M, K]; nested: of scales in 8 bits, see `reads_nested`."""
     if x.shape[0] >= MANY_ROWS:
-        # Not before x is there: XLA would write all weights of a layer at its beginning.
-        x, codes = jax.lax.optimization_barrier((x, codes))
+        x, codebook = _once_there(x, codebook)
         w = _package().dequantize(codes, scales, codebook, *nested, dtype=x.dtype)
         return jnp.dot(x, w, precision=precision, preferred_element_type=out_dtype)
     how = {"out_dtype": out_dtype, "precision": precision}
@@ -87,8 +86,17 @@ def nf4_matmul_transposed(
 ) -> jax.Array:  # fmt: skip
     """g [M, N] times the transposed weight; nested: see `reads_nested_transposed`."""
     if g.shape[0] >= MANY_ROWS:
-        g, codes = jax.lax.optimization_barrier((g, codes))
+        g, codebook = _once_there(g, codebook)
         w = _package().dequantize(codes, scales, codebook, *nested, dtype=g.dtype)
         return jnp.dot(g, w.T, precision=precision, preferred_element_type=out_dtype)
     how = {"out_dtype": out_dtype, "precision": precision}
     return _package().nf4_matmul_transposed(g, codes, scales, codebook, **how)
+
+
+def _once_there(x: jax.Array, scales: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Both, the scales not before x: else XLA writes all weights of a layer at its beginning.
+
+    The codes are not made to wait: XLA copies what waits out of the stack of layers, and of what
+    does not it gives the kernel the address.
+    """
+    return jax.lax.optimization_barrier((x, scales))

@@ -21,6 +21,10 @@ Loss = Callable[[Any, Batch], tuple[jax.Array, jax.Array]]
 
 Metrics = dict[str, jax.Array]
 
+GPU_OPTIONS = {"xla_gpu_enable_triton_gemm": False}
+"""For XLA. cuBLAS adds a product to what is there as it writes, as the adapters' are to the base's,
+and reads a layer's dense weight out of its stack; XLA's own products by Triton want copies."""
+
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
@@ -72,6 +76,7 @@ def make_train_step(
     accumulate: int = 1,
     dropout: float = 0.0,
     state_shardings: Any = None,
+    compiler_options: dict[str, Any] | None = None,
 ) -> Callable[[TrainState, Any, Batch], tuple[TrainState, Metrics]]:
     """step(state, params, batch) -> (state, metrics), jit-compiled; `state` is donated.
 
@@ -83,6 +88,8 @@ def make_train_step(
     dropout        probability of dropping inputs of the adapters' A
     state_shardings  a sharding for every leaf of the state, which it keeps from step to step; None:
                    the compiler's choice
+    compiler_options  as in jax.jit; None: GPU_OPTIONS where JAX's platform is a GPU. JAX takes
+                   none in a jit within another: pass {} for a step that is called in one
 
     The objective is the mean over all labelled tokens of the step, whichever micro-batch they are
     in. Gradients exist for the adapters only: `params` is frozen. metrics, fp32 scalars: loss
@@ -143,21 +150,29 @@ def make_train_step(
             "skipped": skipped,
         }
 
-    if state_shardings is None:
-        return jax.jit(step, donate_argnums=0)
-    return jax.jit(step, donate_argnums=0, out_shardings=(state_shardings, None))
+    placed = {} if state_shardings is None else {"out_shardings": (state_shardings, None)}
+    options = _options(compiler_options)
+    return jax.jit(step, donate_argnums=0, compiler_options=options, **placed)
 
 
 def make_eval_step(
-    loss: Loss,
+    loss: Loss, *, compiler_options: dict[str, Any] | None = None
 ) -> Callable[[lora.Adapters, Any, Batch], tuple[jax.Array, jax.Array]]:
-    """evaluate(adapters, params, batch) -> (sum of token losses, tokens), jit-compiled."""
+    """evaluate(adapters, params, batch) -> (sum of token losses, tokens), jit-compiled.
 
-    @jax.jit
+    compiler_options: as in `make_train_step`.
+    """
+
     def evaluate(adapters: lora.Adapters, params: Any, batch: Batch) -> Any:
         return loss(lora.attach(params, adapters), batch)
 
-    return evaluate
+    return jax.jit(evaluate, compiler_options=_options(compiler_options))
+
+
+def _options(given: dict[str, Any] | None) -> dict[str, Any] | None:
+    if given is None and jax.default_backend() == "gpu":
+        return GPU_OPTIONS
+    return given or None
 
 
 def _apart(adapters: lora.Adapters) -> tuple[Any, Any]:
