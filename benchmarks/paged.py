@@ -23,9 +23,10 @@ import numpy as np
 import qlora_jax as qj
 from benchmarks import abstract
 from qlora_jax import models
+from qlora_jax.parallel.rules import in_host_memory
 from qlora_jax.plan.compilers import environment
 from qlora_jax.plan.worker import compile_lowered, lower
-from qlora_jax.training.paged import PAGE_BYTES, host_shardings
+from qlora_jax.training.paged import PAGE_BYTES
 from qlora_jax.training.settings import TrainSettings
 from tests.compile.targets import TARGETS
 
@@ -69,7 +70,8 @@ def measure(
 
     def place(sharding: Any) -> Any:
         here = jax.tree.map(lambda _: sharding, adapters)
-        return here, host_shardings(state, sharding), here
+        there = in_host_memory(state, jax.tree.map(lambda _: sharding, state))
+        return here, there, here
 
     # Gradients become the updates, state is replaced: both are donated.
     step = jax.jit(optimizer.update, donate_argnums=(0, 1), keep_unused=True)

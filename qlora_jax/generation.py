@@ -17,7 +17,7 @@ import numpy as np
 from qlora_jax.checkpoints.model import Model
 from qlora_jax.checkpoints.seq2seq import Seq2SeqModel
 from qlora_jax.data import Message
-from qlora_jax.data.tokenize import Template, encode_prompt
+from qlora_jax.data.tokenize import Template, encode_prompt, turn_end
 from qlora_jax.errors import QloraError
 from qlora_jax.lora.dora import settle
 
@@ -331,8 +331,8 @@ def _bucket(n: int) -> int:
 def _end_tokens(model: TextModel, stop: Collection[int] | None = None) -> tuple[int, ...]:
     need_text_model(model)
     ends = set(model.config.eos_token_id if stop is None else stop)
-    if stop is None and model.tokenizer is not None and model.tokenizer.eos_token_id is not None:
-        ends.add(model.tokenizer.eos_token_id)
+    if stop is None and model.tokenizer is not None:
+        ends |= {model.tokenizer.eos_token_id, turn_end(model.tokenizer)} - {None}
     return tuple(sorted(ends))
 
 

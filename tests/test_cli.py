@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 
 from qlora_jax import cli, demo_task, generation
-from qlora_jax.commands import chat
+from qlora_jax.commands import chat, generate
 from qlora_jax.commands.options import program
 from qlora_jax.commands.train import Train
 from qlora_jax.generation import Sampling
@@ -117,6 +117,15 @@ def test_initial_values_taken_out_of_the_base(folder, rows, tmp_path, capsys):
         bits = "auto" if bits == "nf4" else bits
         run("generate", *on, "--quantization", bits, "--sampling.max-new-tokens", 2)
         capsys.readouterr()
+    # An attempt that came to no checkpoint leaves a base that the next one makes anew.
+    (output / "base" / "stale").touch()
+    run("train", *given, *lora, "--training.loraplus-lr-ratio", 4, "--resume")
+    assert (output / "base" / "stale").exists()
+    for path in output.glob("step-*"):
+        shutil.rmtree(path)
+    (output / "adapter_model.safetensors").unlink()
+    run("train", *given, *lora, "--lora.rank", 2, "--resume")
+    assert not (output / "base" / "stale").exists()
 
 
 def test_a_run_that_a_scheduler_stops_is_resumed(folder, rows, tmp_path, capsys, monkeypatch):
@@ -230,14 +239,20 @@ def test_data_sets_of_the_hub_by_split(folder, rows, tmp_path, capsys, monkeypat
 
 
 def test_prompts_that_cannot_be_read(folder, tmp_path, capsys):
-    generate = ("generate", "--model", folder, "--prompts")
-    assert "a folder; --prompts takes a text file" in refused(capsys, *generate, tmp_path)
-    assert "no such file" in refused(capsys, *generate, tmp_path / "none")
+    command = ("generate", "--model", folder, "--prompts")
+    assert "a folder; --prompts takes a text file" in refused(capsys, *command, tmp_path)
+    assert "no such file" in refused(capsys, *command, tmp_path / "none")
     prompts = tmp_path / "latin.txt"
     prompts.write_bytes("été\n".encode("latin-1"))
-    assert "latin.txt: not UTF-8 text" in refused(capsys, *generate, prompts)
+    assert "latin.txt: not UTF-8 text" in refused(capsys, *command, prompts)
     prompts.write_text("\n \n")
-    assert "no prompts; expected one to a line" in refused(capsys, *generate, prompts)
+    assert "no prompts; expected one to a line" in refused(capsys, *command, prompts)
+    prompts.write_text("a")
+    output = (*command, prompts, "--output")
+    assert "there is no folder" in refused(capsys, *output, tmp_path / "none" / "out.jsonl")
+    assert "a folder; --output takes a file" in refused(capsys, *output, tmp_path)
+    prompts.write_text("\ufeffone\u2028half\ntwo\n", "utf-8")
+    assert generate._read_lines(prompts) == ["one\u2028half", "two"]
 
 
 @pytest.mark.parametrize("command", ["train", "generate", "chat", "demo"])

@@ -13,7 +13,7 @@ from qlora_jax.lora.array import all_dense
 from qlora_jax.models import bind
 from qlora_jax.models.classification import classification_loss
 from qlora_jax.models.encoder_config import CLASSIFICATION, HEADS, EncoderConfig
-from qlora_jax.models.loss import token_loss
+from qlora_jax.models.loss import need_labels, token_loss
 from qlora_jax.models.remat import Remat
 from qlora_jax.quant.policy import batch_parts
 
@@ -107,6 +107,7 @@ class EncoderModel:
         (negative: ignored), numbers [B] or [B, C] if it is a regression, [B, C] if every label is
         true or false by itself.
         """
+        need_labels(batch)
         self._check_head(batch.get("segment_ids"))
         inputs = {name: batch.get(name) for name in _INPUTS}
         hidden = self.hidden(params, batch["input_ids"], **inputs, remat=remat)

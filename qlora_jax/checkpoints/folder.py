@@ -13,10 +13,9 @@ from qlora_jax.errors import QloraError
 def new_folder(folder: Path) -> Iterator[Path]:
     """A folder to write into that becomes `folder` when all is written, and vanishes if not.
 
-    Raises QloraError if `folder` is there and not empty.
+    Raises as `check_new`.
     """
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise QloraError(f"{folder}: already there; choose another folder, or delete it first")
+    check_new(folder)
     folder.parent.mkdir(parents=True, exist_ok=True)
     part = folder.with_name(f".{folder.name}.{os.getpid()}.part")
     shutil.rmtree(part, ignore_errors=True)
@@ -26,6 +25,12 @@ def new_folder(folder: Path) -> Iterator[Path]:
         os.replace(part, folder)
     finally:
         shutil.rmtree(part, ignore_errors=True)
+
+
+def check_new(folder: Path) -> None:
+    """Raises QloraError if `folder` is there and not empty."""
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise QloraError(f"{folder}: already there; choose another folder, or delete it first")
 
 
 @contextlib.contextmanager

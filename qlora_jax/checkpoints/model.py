@@ -10,7 +10,7 @@ from jax.typing import DTypeLike
 from qlora_jax.lift import lift
 from qlora_jax.lora.array import all_dense
 from qlora_jax.models import Cache, DecoderConfig, apply_head, apply_hidden
-from qlora_jax.models.loss import causal_lm_loss
+from qlora_jax.models.loss import causal_lm_loss, need_labels
 from qlora_jax.models.padding import to_the_right
 from qlora_jax.models.remat import Remat
 from qlora_jax.models.split import Split, split_over
@@ -124,6 +124,7 @@ class Model:
         transformers calls the loss; of several micro-batches each counts by its labelled tokens.
         Padding by attention_mask has no part in the balance.
         """
+        need_labels(batch)
         ids, labels, segments = batch["input_ids"], batch["labels"], batch.get("segment_ids")
         mask = batch.get("attention_mask")
         if mask is not None:

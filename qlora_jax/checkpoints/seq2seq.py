@@ -12,7 +12,7 @@ from qlora_jax.checkpoints.model import Batch, describe
 from qlora_jax.lift import lift
 from qlora_jax.lora.array import all_dense
 from qlora_jax.models import EncoderDecoderCache, T5Config, bind
-from qlora_jax.models.loss import IGNORE, token_loss
+from qlora_jax.models.loss import IGNORE, need_labels, token_loss
 from qlora_jax.models.remat import Remat
 from qlora_jax.quant.policy import batch_parts
 
@@ -124,6 +124,7 @@ class Seq2SeqModel:
         where they apply, the masks and segments of `apply`. The decoder's inputs are the labels one
         place further right, each segment after the start token.
         """
+        need_labels(batch)
         encoder = {name: batch.get(name) for name in ("attention_mask", "segment_ids")}
         segments = batch.get("decoder_segment_ids")
         hidden = self.decode(

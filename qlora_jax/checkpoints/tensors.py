@@ -219,7 +219,7 @@ def _count_not_finite(x: Any) -> int:
     if not isinstance(x, np.ndarray):
         return int(_count_on_device(x))
     # Some rows at a time: the device would get a copy of the whole, the mask be half as large.
-    rows = max(1, (1 << 22) * len(x) // x.size) if x.ndim else 1
+    rows = max(1, (1 << 22) * len(x) // max(x.size, 1)) if x.ndim else 1
     pieces = (x[at : at + rows] for at in range(0, len(x), rows)) if x.ndim else (x,)
     return sum(int(np.sum(~np.isfinite(piece))) for piece in pieces)
 

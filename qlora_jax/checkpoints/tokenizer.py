@@ -8,7 +8,10 @@ from typing import Any
 from qlora_jax.checkpoints.gguf import GGUFFile
 from qlora_jax.errors import QloraError, missing, reason
 
-_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json")
+_FILES = (
+    *("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json"),
+    *("vocab.txt", "spiece.model", "spm.model"),
+)
 
 # How byte-level vocabularies cut text before merging: the regular expressions of their authors.
 _LLAMA3 = (
@@ -33,7 +36,7 @@ def from_folder(folder: Path) -> Any:
     except ModuleNotFoundError as error:
         raise missing("transformers", "reading a tokenizer", "hf") from error
     with _read_from(str(folder)):
-        return AutoTokenizer.from_pretrained(folder)
+        return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
 
 
 def from_gguf(file: GGUFFile) -> Any:

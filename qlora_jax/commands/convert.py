@@ -17,6 +17,7 @@ from qlora_jax.checkpoints.load import is_four_bit, load, load_lazily, locate
 from qlora_jax.checkpoints.model import Model
 from qlora_jax.checkpoints.names import OnTensor
 from qlora_jax.checkpoints.tensors import read_json
+from qlora_jax.commands.classes import head_of, with_labels
 from qlora_jax.commands.progress import counting
 from qlora_jax.errors import QloraError
 from qlora_jax.quant import QuantConfig
@@ -63,6 +64,7 @@ class Convert:
             params = model.params
             if self.adapter is not None:
                 params = lora.attach(params, peft.load(self.adapter, model)[0])
+                model = with_labels(model, self.adapter)
             save(self.dest, model, params, on_tensor=begin("writing"))
         print(f"{self.source} as {self.to} in {self.dest}")
 
@@ -76,6 +78,8 @@ class Convert:
 
     def _read(self, begin: Callable[[str], OnTensor]) -> Model:
         """All is read while it is written, a tensor at a time, except what is in 4 bits already."""
+        if self.adapter is not None and (head := head_of(self.adapter)):
+            return load(self.source, dtype=self._dtype(), on_tensor=begin("reading"), **head)
         if self.to != "bitsandbytes":
             return load_lazily(self.source)
         if is_four_bit(self.source):  # keeps its codes

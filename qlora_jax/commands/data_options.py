@@ -144,7 +144,9 @@ class DataOptions:
             raise QloraError("rows of format classification cannot be mixed with others")
         return Labels.of(labelled) if labelled else None
 
-    def tokenize(self, rows: Any, model: AnyModel, labels: Labels | None) -> TokenizedDataset:
+    def tokenize(
+        self, rows: Any, model: AnyModel, labels: Labels | None, today: str | None = None
+    ) -> TokenizedDataset:
         """One source's rows as the model takes them; of several processes, which must all call
         this, each tokenizes a part. Raises QloraError as `data.tokenize` and its kin, and for rows
         that are not what the model is trained on."""
@@ -161,7 +163,8 @@ class DataOptions:
         if isinstance(model, Seq2SeqModel):
             return tokenize_seq2seq(rows, model.tokenizer, **lengths, share=True)
         if isinstance(rows[0], Example):
-            return tokenize(rows, model.tokenizer, self.max_length, self.template, share=True)
+            how: Any = {"share": True, "today": today}
+            return tokenize(rows, model.tokenizer, self.max_length, self.template, **how)
         learn = self.train_on_source
         return tokenize_pairs(rows, model.tokenizer, **lengths, train_on_source=learn, share=True)
 
@@ -171,9 +174,14 @@ class DataOptions:
         weights: Sequence[float] | None,
         model: AnyModel,
         labels: Labels | None,
+        today: str | None = None,
     ) -> TokenizedDataset:
-        """All sources as one, mixed by their weights; None: each example once an epoch."""
-        datasets = [self.tokenize(rows, model, labels) for rows in sources]
+        """All sources as one, mixed by their weights; None: each example once an epoch. today: as
+        of `data.tokenize`."""
+        datasets: list[TokenizedDataset] = []
+        for rows in sources:
+            datasets.append(self.tokenize(rows, model, labels, today))
+            today = today or datasets[-1].today  # one day for all
         return mix(datasets, weights or [len(dataset) for dataset in datasets])
 
     def _read(self, source: Source) -> Rows:

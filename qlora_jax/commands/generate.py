@@ -38,6 +38,10 @@ class Generate(ModelOptions):
         lines: list[str] = []
         if self.prompts is not None:
             lines = _read_lines(self.prompts)
+        if self.output is not None and not self.output.parent.is_dir():
+            raise QloraError(f"{self.output}: there is no folder {self.output.parent}")
+        if self.output is not None and self.output.is_dir():
+            raise QloraError(f"{self.output}: a folder; --output takes a file")
         model = self.load()
         need_tokenizer(model)
         params = with_adapter(model, self.adapter)
@@ -72,12 +76,12 @@ def _read_lines(path: Path) -> list[str]:
     if not path.is_file():
         raise QloraError(f"{path}: no such file")
     try:
-        text = path.read_text("utf-8")
+        text = path.read_text("utf-8-sig")  # some editors write a byte order mark
     except UnicodeDecodeError as error:
         raise QloraError(
             f"{path}: not UTF-8 text ({error.reason} at byte {error.start}); save it as UTF-8"
         ) from error
-    lines = [line for line in text.splitlines() if line.strip()]
+    lines = [line for line in text.split("\n") if line.strip()]
     if not lines:
         raise QloraError(f"{path}: no prompts; expected one to a line")
     return lines

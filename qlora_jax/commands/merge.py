@@ -8,7 +8,9 @@ from typing import Literal
 from qlora_jax import lora
 from qlora_jax.checkpoints import peft
 from qlora_jax.checkpoints.export import save_pretrained
+from qlora_jax.checkpoints.folder import check_new
 from qlora_jax.checkpoints.load import is_four_bit, load
+from qlora_jax.commands.classes import head_of, with_labels
 from qlora_jax.commands.options import ModelOptions
 from qlora_jax.errors import QloraError
 
@@ -37,13 +39,16 @@ class Merge(ModelOptions):
                 f"{self.model}: the original weights are not in this checkpoint, only 4-bit ones; "
                 "give the one that it was made of as --model, or leave out --into original"
             )
-        model = self.load()
+        check_new(self.output)
+        head = head_of(self.adapter)
+        model = self.load(**head)
         adapters, _ = peft.load(self.adapter, model)
         base, original = model, None
         if self.into == "original":
-            base = load(self.model, dtype="float32")
+            base = load(self.model, dtype="float32", **head)
             original = base.params
         errors = lora.merge_errors(model.params, adapters, self.save_dtype, original)
+        base = with_labels(base, self.adapter)
         save_pretrained(
             self.output, base, lora.attach(base.params, adapters), dtype=self.save_dtype
         )

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import jax
 
+from qlora_jax.checkpoints.folder import check_new
 from qlora_jax.checkpoints.quantized import save_quantized
 from qlora_jax.commands.options import ModelOptions
 from qlora_jax.errors import QloraError
@@ -23,6 +24,7 @@ class Quantize(ModelOptions):
         """Writes the folder, and prints what it holds. Raises QloraError if that is no 4 bits."""
         if self.quantization == "none":
             raise QloraError("--quantization none leaves nothing to write; choose nf4 or fp4")
+        check_new(self.output)
         model = self.load()
         save_quantized(self.output, model)
         leaves = named_leaves(model.params)

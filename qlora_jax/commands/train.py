@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -14,15 +15,17 @@ from qlora_jax.checkpoints.export import save_pretrained
 from qlora_jax.checkpoints.heads import BODY
 from qlora_jax.checkpoints.model import Model
 from qlora_jax.checkpoints.quantized import save_quantized
+from qlora_jax.commands.classes import write_labels
 from qlora_jax.commands.data_options import DataOptions
 from qlora_jax.commands.device_options import DeviceOptions
 from qlora_jax.commands.options import ModelOptions, need_tokenizer, program
 from qlora_jax.data import Labels
 from qlora_jax.errors import QloraError
 from qlora_jax.lora import Adapters, LoraConfig, count, init_quantized
-from qlora_jax.models.encoder_config import CLASSIFICATION
-from qlora_jax.parallel import put_parameter
-from qlora_jax.training.checkpoints import check_unused, is_finished
+from qlora_jax.models.classification import REGRESSION, SINGLE_LABEL
+from qlora_jax.models.encoder_config import CLASSIFICATION, default_labels
+from qlora_jax.parallel import is_first, put_parameter
+from qlora_jax.training.checkpoints import check_output, day_of, is_begun, is_finished
 from qlora_jax.training.settings import TrainSettings
 from qlora_jax.training.trainer import fit
 
@@ -47,9 +50,8 @@ class Train(DataOptions, DeviceOptions, ModelOptions):
         """Trains and writes the output folder. Raises QloraError for bad input, most of it before
         the model is loaded."""
         # Said before the model is loaded, not after.
-        if not self.resume:
-            check_unused(self.output)
-        elif is_finished(self.output):
+        check_output(self.output, self.resume)
+        if self.resume and is_finished(self.output):
             print(
                 f"{self.output}: the run is finished; to train its adapter further, begin another: "
                 f"--adapter {self.output} --output FOLDER"
@@ -67,18 +69,21 @@ class Train(DataOptions, DeviceOptions, ModelOptions):
         place = functools.partial(put_parameter, mesh) if mesh and not taken_out else None
         model = self.load(dense=taken_out, place=place, **_head(labels))
         print(model)
+        if labels is not None:
+            model, labels = _named(model, labels)
         need_tokenizer(model)
-        train = self.tokenize_all(train_rows, weights, model, labels)
+        today = day_of(self.output) if self.resume else None
+        train = self.tokenize_all(train_rows, weights, model, labels, today)
         print(f"training: {train}")
         evaluation = None
         if held_out:
-            evaluation = self.tokenize_all(held_out, None, model, labels)
+            evaluation = self.tokenize_all(held_out, None, model, labels, train.today)
             print(f"held out: {evaluation}")
         config, adapters = _with_head(self.lora, model), None
         if self.adapter is not None:
             adapters, config = peft.load(self.adapter, model)
         elif taken_out:
-            model, adapters = self._take_out(model)
+            model, adapters = self._take_out(model, config)
         result = fit(
             model,
             config,
@@ -92,6 +97,8 @@ class Train(DataOptions, DeviceOptions, ModelOptions):
         )
         if result.interrupted:
             return
+        if isinstance(model, EncoderModel) and is_first():
+            write_labels(self.output, model.config)
         print(f"{count(result.adapters):,} parameters trained; adapter in {self.output}")
         base = model.source if taken_out else self.model
         if isinstance(model, Model):
@@ -99,13 +106,16 @@ class Train(DataOptions, DeviceOptions, ModelOptions):
             words = "" if taken_out and self.format() else self.format_words()
             print(f"try it: {program()} chat --model {base}{words} --adapter {self.output}")
 
-    def _take_out(self, model: Model) -> tuple[Model, Adapters]:
+    def _take_out(self, model: Model, config: LoraConfig) -> tuple[Model, Adapters]:
         """The base that --lora.init leaves of a dense model, which is written, and the adapters."""
         base, format = self.output / "base", self.format()
         key = jax.random.key(self.training.seed)
-        params, adapters = init_quantized(key, model.params, self.lora, format)
+        params, adapters = init_quantized(key, model.params, config, format)
         model = dataclasses.replace(model, params=params, source=str(base))
-        if self.resume and base.exists():
+        begun = is_begun(self.output)
+        if self.resume and not begun:
+            shutil.rmtree(base, ignore_errors=True)  # an attempt's that did not come to train
+        if begun and base.exists():
             pass  # made of the same weights by the same seed, which `fit` makes sure of
         elif format is None:
             save_pretrained(base, model, dtype=model.dtype)
@@ -119,9 +129,24 @@ def _head(labels: Labels | None) -> dict[str, Any]:
     """What `load` is told of the head that the labels need."""
     if labels is None:
         return {}
-    if labels.names is not None:
-        print("labels:", ", ".join(f"{i} = {name}" for i, name in enumerate(labels.names)))
-    return {"head": CLASSIFICATION, "num_labels": 1 if labels.names is None else len(labels.names)}
+    if labels.names is None:
+        return {"head": CLASSIFICATION, "num_labels": 1, "problem_type": REGRESSION}
+    kind = {"num_labels": len(labels.names), "problem_type": SINGLE_LABEL}
+    return {"head": CLASSIFICATION, **kind}
+
+
+def _named(model: Any, labels: Labels) -> tuple[Any, Labels]:
+    """Labels in the order of the model's head, if it has the same, else the model with theirs."""
+    if labels.names is None or not isinstance(model, EncoderModel):
+        return model, labels
+    known = model.config.labels
+    if set(labels.names) == set(known) or labels.names == default_labels(len(known)):
+        labels = Labels(known)
+    names = labels.names or ()
+    print("labels:", ", ".join(f"{i} = {name}" for i, name in enumerate(names)))
+    return dataclasses.replace(
+        model, config=dataclasses.replace(model.config, labels=names)
+    ), labels
 
 
 def _with_head(config: LoraConfig, model: AnyModel) -> LoraConfig:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from qlora_jax.data.reading import read_rows
 from qlora_jax.errors import QloraError
@@ -14,6 +14,12 @@ Role = Literal["system", "user", "assistant"]
 ROLES: tuple[Role, ...] = ("system", "user", "assistant")
 # The two fields of a one-turn row: what is asked, what is answered.
 PAIRS = (("prompt", "completion"), ("question", "answer"))
+# Fields with a meaning that a template would not be told: refused, not passed over.
+LOST = {
+    "row": ("tools", "functions"),
+    "message": ("tool_calls", "function_call", "reasoning_content", "reasoning", "thinking"),
+    "question": ("context",),
+}
 EXPECTED = (
     'one of {"messages": [{"role", "content"}, ...]}, {"prompt", "completion"}, '
     '{"question", "answer"}'
@@ -50,6 +56,15 @@ def _row_error(where: str, problem: str) -> QloraError:
     return QloraError(f"{where}: {problem}; expected {EXPECTED}")
 
 
+def _refuse_lost(fields: Mapping[Any, Any], kind: str, where: str) -> None:
+    """Raises QloraError if a row, a message or a question has what would be lost."""
+    if found := [name for name in LOST[kind] if fields.get(name)]:
+        raise QloraError(
+            f"{where}: has {' and '.join(map(repr, found))}, which no template is told here, so "
+            "that it would be lost: write it into the text that it belongs to, or remove it"
+        )
+
+
 def _parse_messages(value: object, where: str) -> tuple[Message, ...]:
     if not isinstance(value, (list, tuple)) or not value:
         raise _row_error(where, "'messages' must be a list with at least one message")
@@ -62,6 +77,13 @@ def _parse_messages(value: object, where: str) -> tuple[Message, ...]:
             raise _row_error(where, f"message {number} has role {role!r}, not one of {ROLES}")
         if not isinstance(content, str):
             raise _row_error(where, f"message {number} has no text in 'content'")
+        _refuse_lost(item, "message", f"{where}: message {number}")
+        if item.get("weight", 1) != 1:
+            raise QloraError(
+                f"{where}: message {number} has the weight {item['weight']!r}; every answer is "
+                "learned alike: split the conversation into rows that end with what is to be "
+                "learned"
+            )
         messages.append(Message(role, content))
     if messages[-1].role != "assistant":
         raise _row_error(where, f"the last message is the {messages[-1].role}'s, not an answer")
@@ -71,13 +93,14 @@ def _parse_messages(value: object, where: str) -> tuple[Message, ...]:
 def parse_row(row: object, where: str) -> Example:
     """One row to one Example.
 
-    Raises QloraError, beginning with `where`, if the row has none of the accepted forms or an empty
-    answer.
+    Raises QloraError, beginning with `where`, if the row has none of the accepted forms, an empty
+    answer, or fields whose meaning would be lost (tools, a context).
     """
     if not isinstance(row, Mapping):
         raise _row_error(where, f"a row must be an object, not {type(row).__name__}")
     if "messages" in row:
         messages = _parse_messages(row["messages"], where)
+        _refuse_lost(row, "row", where)
     else:
         pair = next((pair for pair in PAIRS if all(name in row for name in pair)), None)
         if pair is None:
@@ -85,6 +108,8 @@ def parse_row(row: object, where: str) -> Example:
         for name in pair:
             if not isinstance(row[name], str):
                 raise _row_error(where, f"{name!r} is {type(row[name]).__name__}, not text")
+        if pair[0] == "question":
+            _refuse_lost(row, "question", where)
         messages = (Message("user", row[pair[0]]), Message("assistant", row[pair[1]]))
     if not messages[-1].content:
         raise _row_error(where, "the answer is empty")

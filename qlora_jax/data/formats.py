@@ -73,11 +73,15 @@ def _unnatural(row: Mapping[str, Any]) -> Texts:
     instances: Any = row.get("instances")
     if isinstance(instances, Mapping):  # a Sequence of the datasets library: lists by field
         names: tuple[str, ...] = ("instruction_with_input", "output")
-        columns = zip(*(instances.get(name, ()) for name in names), strict=True)
-        instances = [dict(zip(names, values, strict=True)) for values in columns]
+        columns = [instances.get(name) or () for name in names]
+        if len({len(column) for column in columns}) > 1:
+            raise QloraError(f"the lists {' and '.join(names)} of 'instances' differ in length")
+        instances = [dict(zip(names, values, strict=True)) for values in zip(*columns, strict=True)]
     if not isinstance(instances, (list, tuple)):
         raise QloraError(f"no list 'instances'; found the fields {sorted(map(str, row))}")
     for instance in instances:
+        if not isinstance(instance, Mapping):
+            raise QloraError(f"'instances' has {type(instance).__name__}, expected objects")
         yield _text(instance, "instruction_with_input"), _text(instance, "output")
 
 

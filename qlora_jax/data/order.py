@@ -75,4 +75,5 @@ def mix(datasets: Sequence[TokenizedDataset], weights: Sequence[float]) -> Token
         dropped=sum(dataset.dropped for dataset in datasets),
         max_length=max(limits) if len(limits) == len(datasets) else None,
         parts=parts,
+        today=next((dataset.today for dataset in datasets if dataset.today), None),
     )

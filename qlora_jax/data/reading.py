@@ -41,14 +41,30 @@ def _json_lines(path: Path) -> Iterator[Row]:
                         f"{where}: not JSON ({error.msg} at column {error.colno}); expected a JSON "
                         "object a line"
                     ) from error
+                except (ValueError, RecursionError) as error:  # a number, a depth beyond Python's
+                    raise QloraError(f"{where}: cannot be read ({error})") from error
+                if "\\ud" in line.lower():
+                    _refuse_half_characters(row, where)
                 yield where, row
         except UnicodeDecodeError as error:
             raise QloraError(f"{path}: not UTF-8 text ({error.reason})") from error
 
 
+def _refuse_half_characters(row: object, where: str) -> None:
+    """Raises QloraError for one half of a pair of \\u escapes, as of an emoji cut in two."""
+    try:
+        json.dumps(row, ensure_ascii=False).encode()
+    except UnicodeEncodeError as error:
+        half = ascii(error.object[error.start])
+        raise QloraError(
+            f"{where}: has the text {half}, half of a character; its other half is missing"
+        ) from error
+
+
 def _hub_dataset(name: str, split: str) -> Iterator[Row]:
     try:
         import datasets
+        from datasets.exceptions import DatasetsError
     except ModuleNotFoundError as error:
         raise missing("datasets", f"reading the dataset {name!r}", "datasets") from error
     # "owner/name:config@split", as in openai/gsm8k:main@test.
@@ -57,7 +73,7 @@ def _hub_dataset(name: str, split: str) -> Iterator[Row]:
     repository, _, config = name.partition(":")
     try:
         rows = datasets.load_dataset(repository, config or None, split=split)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RuntimeError, DatasetsError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise QloraError(
             f"{name}: neither a file here nor a dataset that could be loaded ({reason})"

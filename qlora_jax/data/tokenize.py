@@ -7,8 +7,12 @@ trained at exactly the place where generation starts, or there is an error.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import functools
+import json
+import re
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from datetime import date, datetime
 from typing import Any, Literal, overload
 
 import numpy as np
@@ -18,8 +22,11 @@ from qlora_jax.data.convert import convert
 from qlora_jax.data.examples import Example, Message
 from qlora_jax.errors import QloraError, missing
 from qlora_jax.models.loss import IGNORE
+from qlora_jax.parallel.exchange import gather
 
 Template = Literal["auto", "chat", "plain"]
+
+_CLOCK = re.compile(r"""strftime_now\(\s*(?P<quote>["'])(?P<format>.*?)(?P=quote)\s*\)""")
 
 
 @dataclass(frozen=True)
@@ -28,7 +35,8 @@ class TokenizedDataset(Sequence[TokenizedExample]):
 
     cut: examples shortened on the right. dropped: examples left out because nothing of the answer
     remained. max_length: the limit itself, None if there was none. parts: of a mixture, the number
-    of examples and the weight of each dataset in it; else empty.
+    of examples and the weight of each dataset in it; else empty. today: the day, as YYYY-MM-DD,
+    that a chat template was told; None if there was no template.
     """
 
     examples: tuple[TokenizedExample, ...]
@@ -37,6 +45,7 @@ class TokenizedDataset(Sequence[TokenizedExample]):
     dropped: int = 0
     max_length: int | None = None
     parts: tuple[tuple[int, float], ...] = ()
+    today: str | None = None
 
     def __len__(self) -> int:
         return len(self.examples)
@@ -88,9 +97,16 @@ def encode(tokenizer: Any, text: str) -> list[int]:
     return list(tokenizer(text, add_special_tokens=False)["input_ids"])
 
 
-def render(tokenizer: Any, messages: Sequence[Message], *, generation_prompt: bool) -> str:
+def render(
+    tokenizer: Any,
+    messages: Sequence[Message],
+    *,
+    generation_prompt: bool,
+    today: str | None = None,
+) -> str:
     """`messages` through the tokenizer's chat template, as text.
 
+    today: the day, as YYYY-MM-DD, for templates that ask (`strftime_now`); None: it is asked now.
     Raises QloraError with the template's own words if it refuses them (no system turn, say).
     """
     try:
@@ -102,9 +118,40 @@ def render(tokenizer: Any, messages: Sequence[Message], *, generation_prompt: bo
             [{"role": message.role, "content": message.content} for message in messages],
             tokenize=False,
             add_generation_prompt=generation_prompt,
+            chat_template=None if today is None else _dated(tokenizer, today),
         )
     except TemplateError as error:
         raise QloraError(f"the chat template refuses the conversation: {error}") from error
+
+
+def _dated(tokenizer: Any, today: str) -> str | None:
+    """The chat template with the day in the place of its clock; None if it has no clock.
+
+    transformers hands templates no function, so that another clock cannot be.
+    """
+    template = tokenizer.get_chat_template()
+    if not _CLOCK.search(template):
+        return None
+    day = datetime.fromisoformat(today)
+    return _CLOCK.sub(lambda call: json.dumps(day.strftime(call["format"])), template)
+
+
+def turn_end(tokenizer: Any) -> int | None:
+    """The special token by which the chat template ends an answer, None if there is none.
+
+    It need not be the tokenizer's EOS: base models often have one that ends documents.
+    """
+    if getattr(tokenizer, "chat_template", None) is None:
+        return None
+    answer = "yes"
+    turns = (Message("user", "no"), Message("assistant", answer))
+    try:
+        text = render(tokenizer, turns, generation_prompt=False)
+    except QloraError:  # a template for other conversations than this one
+        return None
+    _, found, after = text.rpartition(answer)
+    ids = encode(tokenizer, after.lstrip()) if found else []
+    return ids[0] if ids and ids[0] in tokenizer.all_special_ids else None
 
 
 def uses_chat(tokenizer: Any, template: Template) -> bool:
@@ -125,18 +172,21 @@ def encode_prompt(
     return begin + encode(tokenizer, "\n".join(message.content for message in messages))
 
 
-def _label_chat(tokenizer: Any, example: Example) -> tuple[list[int], list[int]]:
-    whole = render(tokenizer, example.messages, generation_prompt=False)
+def _label_chat(tokenizer: Any, example: Example, today: str) -> tuple[list[int], list[int]]:
+    def rendered(messages: Sequence[Message], generation_prompt: bool) -> str:
+        return render(tokenizer, messages, generation_prompt=generation_prompt, today=today)
+
+    whole = rendered(example.messages, False)
     ids = encode(tokenizer, whole)
     labels = [IGNORE] * len(ids)
     for turn, message in enumerate(example.messages):
         # What a conversation begins with answers nothing: chat templates cannot ask for it.
         if message.role != "assistant" or turn == 0:
             continue
-        before = render(tokenizer, example.messages[:turn], generation_prompt=True)
+        before = rendered(example.messages[:turn], True)
         start, end = encode(tokenizer, before), ids
         if turn + 1 < len(example.messages):
-            after = render(tokenizer, example.messages[: turn + 1], generation_prompt=False)
+            after = rendered(example.messages[: turn + 1], False)
             end = encode(tokenizer, after)
             # Some templates end a whole conversation with a token that no turn has (Phi-3's).
             if end[-1:] == [tokenizer.eos_token_id] and ids[: len(end)] != end:
@@ -174,6 +224,7 @@ def tokenize(
     template: Template = "auto",
     *,
     share: bool = False,
+    today: str | None = None,
 ) -> TokenizedDataset:
     """Tokenizes conversations; every assistant turn, up to and with its end token, is labelled, but
     not one that a conversation begins with.
@@ -182,11 +233,18 @@ def tokenize(
     dropped if no label remains. template: "chat" applies the tokenizer's chat template, "plain"
     joins prompt and completion, "auto" is "chat" where there is a template. share: of several
     processes, which must all call this alike, each tokenizes a part, and they exchange the results.
-    Raises QloraError if the answers cannot be told apart, or if no example is left.
+    today: the day, as YYYY-MM-DD, that templates which write the date are told; None: this day. A
+    run that is resumed on another needs that of its beginning, the dataset's `today`. Raises
+    QloraError if the answers cannot be told apart, or if no example is left.
     """
     if max_length < 2:
         raise QloraError(f"max_length must be at least 2, not {max_length}")
-    label = _label_chat if uses_chat(tokenizer, template) else _label_plain
+    label: Callable[[Any, Example], tuple[list[int], list[int]]] = _label_plain
+    day = None
+    if uses_chat(tokenizer, template):
+        day = today or date.today().isoformat()
+        day = gather(day)[0] if share else day  # at midnight processes may disagree
+        label = functools.partial(_label_chat, today=day)
 
     def one(example: Example) -> tuple[TokenizedExample, bool] | None:
         try:
@@ -208,4 +266,4 @@ def tokenize(
             f"max_length={max_length} tokens"
         )
     dropped = len(examples) - len(kept)
-    return TokenizedDataset(kept, padding_id(tokenizer), cut, dropped, max_length)
+    return TokenizedDataset(kept, padding_id(tokenizer), cut, dropped, max_length, today=day)

@@ -83,6 +83,12 @@ def _taken(x: jax.Array, order: jax.Array) -> jax.Array:
     return x.at[order].get(mode="promise_in_bounds")
 
 
+def need_labels(batch: Any) -> None:
+    """Raises QloraError for a batch without input_ids or labels."""
+    if missing := {"input_ids", "labels"} - set(batch):
+        raise QloraError(f"a batch needs {sorted(missing)}; it has {sorted(batch)}")
+
+
 def _check(hidden: jax.Array, labels: jax.Array) -> None:
     if labels.shape != hidden.shape[:-1] or labels.ndim != 2:
         raise QloraError(

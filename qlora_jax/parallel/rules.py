@@ -140,6 +140,7 @@ def adapter_shardings(adapters: Adapters, mesh: Mesh, rules: Rules) -> Adapters:
 def like_adapters(tree: Any, adapters: Adapters, shardings: Adapters) -> Any:
     """A NamedSharding for every leaf of `tree`, such as an optimizer's state: that of the adapter
     leaf whose path its own contains, if the shapes are the same; else the leaf is whole everywhere.
+    Parts that are `InHostMemory` are so.
     """
     flat, _ = jax.tree_util.tree_flatten_with_path(adapters)
     places = jax.tree.leaves(shardings)
@@ -147,12 +148,27 @@ def like_adapters(tree: Any, adapters: Adapters, shardings: Adapters) -> Any:
     mesh = places[0].mesh
     whole = NamedSharding(mesh, PartitionSpec())
 
-    def one(path: Any, leaf: Any) -> Any:
+    def one(path: Any, leaf: Any) -> NamedSharding:
         ends = (tuple(path[start:]) for start in range(len(path)))
         shape, sharding = next((known[end] for end in ends if end in known), (None, whole))
         return sharding if shape == leaf.shape else whole
 
-    return jax.tree_util.tree_map_with_path(one, tree)
+    return in_host_memory(tree, jax.tree_util.tree_map_with_path(one, tree))
+
+
+class InHostMemory:
+    """A node of an optimizer's state whose arrays lie in pinned host memory."""
+
+
+def in_host_memory(tree: Any, shardings: Any) -> Any:
+    """`shardings` of a tree's leaves, in pinned host memory for what is `InHostMemory`."""
+
+    def one(node: Any, shardings: Any) -> Any:
+        if not isinstance(node, InHostMemory):
+            return shardings
+        return jax.tree.map(lambda s: s.with_memory_kind("pinned_host"), shardings)
+
+    return jax.tree.map(one, tree, shardings, is_leaf=lambda node: isinstance(node, InHostMemory))
 
 
 def _sharding(shape: Sequence[int], axes: Axes, mesh: Mesh) -> NamedSharding:

@@ -16,11 +16,11 @@ from qlora_jax.models import T5Config, abstract_params
 from qlora_jax.models.attention import AttentionImplementation
 from qlora_jax.models.encoder_config import CLASSIFICATION, EncoderConfig
 from qlora_jax.parallel.layout import Layout
+from qlora_jax.parallel.rules import in_host_memory
 from qlora_jax.plan.workload import Workload
 from qlora_jax.quant import QuantConfig, quantize_tree
 from qlora_jax.training.estimate import attention_of, estimate
 from qlora_jax.training.footprint import Footprint, count
-from qlora_jax.training.paged import is_paged
 from qlora_jax.training.settings import TrainSettings
 from qlora_jax.training.step import TrainState, make_train_step
 
@@ -56,10 +56,8 @@ class AbstractStep:
             batch = where.batch(self.batch, axis=int(self.training.accumulate > 1))
         else:
             params = jax.tree.map(lambda x: on(x, where), self.model.params)
-            shardings = jax.tree.map(lambda _: where, self.state)
+            shardings = in_host_memory(self.state, jax.tree.map(lambda _: where, self.state))
             batch = jax.tree.map(lambda x: on(x, where), self.batch)
-        optimizer = in_host_memory(self.state.opt_state, shardings.opt_state)
-        shardings = dataclasses.replace(shardings, opt_state=optimizer)
         return dataclasses.replace(
             self,
             model=dataclasses.replace(self.model, params=params),
@@ -98,17 +96,6 @@ class AbstractStep:
             attention=self.attention(kernels),
             rows=where.row_parts if isinstance(where, Layout) else 1,
         )
-
-
-def in_host_memory(state: Any, shardings: Any) -> Any:
-    """`shardings` of an optimizer's state, in pinned host memory where it is paged."""
-
-    def one(node: Any, shardings: Any) -> Any:
-        if not is_paged(node):
-            return shardings
-        return jax.tree.map(lambda s: s.with_memory_kind("pinned_host"), shardings)
-
-    return jax.tree.map(one, state, shardings, is_leaf=is_paged)
 
 
 def train_step(

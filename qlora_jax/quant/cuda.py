@@ -93,10 +93,10 @@ def nf4_matmul_transposed(
     return _package().nf4_matmul_transposed(g, codes, scales, codebook, **how)
 
 
-def _once_there(x: jax.Array, scales: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Both, the scales not before x: else XLA writes all weights of a layer at its beginning.
+def _once_there(x: jax.Array, codebook: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Both, the codebook not before x: else XLA writes all weights of a layer at its beginning.
 
-    The codes are not made to wait: XLA copies what waits out of the stack of layers, and of what
-    does not it gives the kernel the address.
+    Nothing else of a weight is made to wait. What waits XLA copies out of the stack of layers; of
+    what does not it gives the kernel the address, where it can.
     """
-    return jax.lax.optimization_barrier((x, scales))
+    return jax.lax.optimization_barrier((x, codebook))

@@ -50,7 +50,7 @@ def _plain(
         *nested: jax.Array, part: blockwise.Part | None = None, **how: Any,
     ) -> jax.Array:  # fmt: skip
         if pieces.is_large(codes):
-            return in_pieces(x, codes, scales, codebook, *nested, **how)
+            return in_pieces(x, codes, scales, codebook, *nested, part=part, **how)
         if nested:
             scales = blockwise.dequantize_scales(scales, *nested, part=part)
         return product(x, codes, scales, codebook, **how)

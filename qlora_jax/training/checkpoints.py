@@ -49,10 +49,17 @@ class Checkpoint:
     finished: bool
 
 
-def check_unused(output: Path) -> None:
+def check_output(output: Path, resume: bool) -> None:
     """Raises QloraError if `output` has an adapter or a checkpoint, which a new run would mix with
-    its own."""
-    if (output / peft.WEIGHTS).exists() or RunCheckpoints(output).newest(say=lambda _: None):
+    its own; to resume, if it has an adapter and nothing to go on from."""
+    adapter = (output / peft.WEIGHTS).exists()
+    saved = RunCheckpoints(output).newest(say=lambda _: None)
+    if resume and adapter and saved is None:
+        raise QloraError(
+            f"{output}: has an adapter, but no whole checkpoint to go on from; to train it further "
+            "begin another run from it (--adapter, or adapters=) in another folder"
+        )
+    if not resume and (adapter or saved):
         raise QloraError(
             f"{output}: has an adapter already, or a checkpoint; go on with its run (--resume, or "
             "resume=True), or choose another folder"
@@ -63,6 +70,17 @@ def is_finished(output: Path) -> bool:
     """Whether the run in `output` has come to its end, and nothing is left to do."""
     newest = RunCheckpoints(output).newest(say=lambda _: None)
     return newest is not None and newest.finished
+
+
+def is_begun(output: Path) -> bool:
+    """Whether the run in `output` has a checkpoint to go on from."""
+    return RunCheckpoints(output).newest(say=lambda _: None) is not None
+
+
+def day_of(output: Path) -> str | None:
+    """The day that the chat template of the run in `output` was told, if there is one to go on."""
+    newest = RunCheckpoints(output).newest(say=lambda _: None)
+    return None if newest is None else newest.run["data"].get("today")
 
 
 class RunCheckpoints:
@@ -211,10 +229,12 @@ class RunCheckpoints:
     def _failure(self, step: int, error: Exception) -> QloraError:
         shutil.rmtree(self._output / f".step-{step}.part", ignore_errors=True)
         before = self.newest(say=lambda _: None)
-        left = "no checkpoint was saved before" if before is None else f"{before.folder} is whole"
+        left = "no checkpoint was saved before"
+        if before is not None:
+            left = f"{before.folder} is whole. With the cause mended, --resume goes on from there"
         return QloraError(
             f"{self._output}: the checkpoint of step {step} could not be written "
-            f"({reason(error)}); {left}. With the cause mended, --resume goes on from there"
+            f"({reason(error)}); {left}"
         )
 
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -52,6 +53,8 @@ class Loop:
         """Takes the steps that are left; the last one's state is saved. Whether all was done: not,
         if a signal came. Raises QloraError as `fit`."""
         evaluated = self._evaluate()  # what an interruption had left undone
+        if not evaluated:
+            return False
         for batch in self.stream.start(self.number):
             placed = self.place(batch)
             self.state, measured = self.step(self.state, self.model.params, placed)
@@ -99,14 +102,15 @@ class Loop:
     def _evaluate(self) -> bool:
         """Evaluates if that is due and was not done before. Whether it is done: not, if a signal
         came."""
-        lines = (entry for entry in reversed(self.metrics.history) if "eval_loss" in entry)
+        lines = (entry for entry in reversed(self.metrics.history) if "eval_tokens" in entry)
         newest = next(lines, {"step": 0})
         if not self._evaluating or self.held_out is None or newest["step"] == self.number:
             return True
         result = self.held_out.evaluate(self.state.adapters, self.interrupts)
         if result is None:
             return False
-        self.metrics.add(step=self.number, eval_loss=result[0], eval_tokens=result[1])
+        loss = {"eval_loss": result[0]} if math.isfinite(result[0]) else {}
+        self.metrics.add(step=self.number, **loss, eval_tokens=result[1])
         self.progress.say(f"step {self.number}: held-out loss {result[0]:.4f}")
         return True
 

@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from qlora_jax.errors import QloraError
 from qlora_jax.lora.array import AdaptedArray, is_weight, trained_fields
 from qlora_jax.quant import path_str
 
@@ -62,7 +63,8 @@ def freeze_base(
     """`optimizer` on the trainable leaves of a whole tree, nothing at all on the rest.
 
     The optimizer keeps no state for frozen leaves, and their updates are zero (optax.masked alone
-    would hand their gradients through as updates).
+    would hand their gradients through as updates). Raises QloraError, when it updates, for a tree
+    with dropout, which needs a new key at each step.
     """
     also = tuple(also)
     return optax.chain(
@@ -79,6 +81,11 @@ def _no_updates() -> optax.GradientTransformation:
     def update(updates: Any, state: Any, params: Any = None) -> Any:
         if params is None:
             raise ValueError("freeze_base: call update with params")
+        if any(jnp.issubdtype(x.dtype, jax.dtypes.prng_key) for x in jax.tree.leaves(params)):
+            raise QloraError(
+                "freeze_base: the tree holds the key of a dropout, which no update can be added "
+                "to; attach without dropout, or cut the tree (partition) and attach anew each step"
+            )
         return jax.tree.map(jnp.zeros_like, params), state
 
     return optax.GradientTransformation(lambda params: optax.EmptyState(), update)

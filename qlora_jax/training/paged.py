@@ -15,6 +15,7 @@ from jax.core import Tracer
 from jax.sharding import NamedSharding, PartitionSpec
 
 from qlora_jax.errors import QloraError
+from qlora_jax.parallel.rules import InHostMemory
 from qlora_jax.training.divisors import with_divisors
 from qlora_jax.training.pages import Layout, Whole, by_path, layout, some
 
@@ -24,7 +25,7 @@ PAGE_BYTES = 2**25
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class PagedState:
+class PagedState(InHostMemory):
     """State of a `paged` optimizer.
 
     inner   the wrapped optimizer's own, all of it in pinned host memory
@@ -198,20 +199,6 @@ def _rows(x: jax.Array, start: Any, rows: int) -> jax.Array:
 
 def _all(x: jax.Array) -> jax.Array:
     return x
-
-
-def host_shardings(state: Any, sharding: jax.sharding.Sharding) -> Any:
-    """Where to place a state of which only shapes are known, to compile without a device.
-
-    `sharding` for each of its arrays, in pinned host memory for those of a PagedState.
-    """
-    host = sharding.with_memory_kind("pinned_host")
-
-    def one(node: Any) -> Any:
-        place = host if is_paged(node) else sharding
-        return jax.tree.map(lambda _: place, node)
-
-    return jax.tree.map(one, state, is_leaf=is_paged)
 
 
 def is_paged(node: Any) -> bool:

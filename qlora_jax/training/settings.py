@@ -107,6 +107,8 @@ class TrainSettings:
             value = getattr(self, name)
             if value is not None and not 0 < value < math.inf:
                 raise QloraError(f"{name} must be positive, got {value}")
+        if self.seed < 0:
+            raise QloraError(f"seed must not be negative, got {self.seed}")
         for name in ("beta1", "beta2"):
             if not 0 <= getattr(self, name) < 1:
                 raise QloraError(f"{name} must be in [0, 1), got {getattr(self, name)}")

@@ -106,12 +106,14 @@ def make_train_step(
 
         def objective(trained: lora.Adapters) -> tuple[jax.Array, jax.Array]:
             adapters = combine(trained, fixed)
-            return loss(lora.attach(params, adapters, dropout=dropout, key=key), batch)
+            found = loss(lora.attach(params, adapters, dropout=dropout, key=key), batch)
+            return _two_scalars(found)
 
         (total, tokens), grads = jax.value_and_grad(objective, has_aux=True)(trained)
         return total, tokens, grads
 
     def step(state: TrainState, params: Any, batch: Batch) -> tuple[TrainState, Metrics]:
+        _check_arrays(batch)
         key = jax.random.fold_in(state.key, state.step)
         if accumulate == 1:
             total, tokens, grads = gradients(state.adapters, params, batch, key)
@@ -150,7 +152,9 @@ def make_train_step(
             "skipped": skipped,
         }
 
-    placed = {} if state_shardings is None else {"out_shardings": (state_shardings, None)}
+    placed: dict[str, Any] = {}
+    if state_shardings is not None:
+        placed["out_shardings"] = state_shardings, None
     options = _options(compiler_options)
     return jax.jit(step, donate_argnums=0, compiler_options=options, **placed)
 
@@ -191,6 +195,22 @@ def _choose(finite: jax.Array, new: Any, old: Any) -> Any:
         return jnp.where(finite, new, old)
 
     return jax.tree.map(one, new, old)
+
+
+def _two_scalars(found: Any) -> tuple[jax.Array, jax.Array]:
+    pair = isinstance(found, tuple) and len(found) == 2
+    if not pair or any(not hasattr(x, "shape") or x.shape for x in found):
+        raise QloraError(
+            "loss(params, batch) must return two scalars, the sum of the losses and how many they "
+            f"are, as model.loss does; it returned {jax.tree.map(jnp.shape, found)}"
+        )
+    return found
+
+
+def _check_arrays(batch: Batch) -> None:
+    odd = {type(x).__name__ for x in jax.tree.leaves(batch) if not getattr(x, "shape", ())}
+    if odd:
+        raise QloraError(f"a batch is a tree of arrays [B, ...], got leaves of type {sorted(odd)}")
 
 
 def _check_micro_batches(batch: Batch, accumulate: int) -> None:

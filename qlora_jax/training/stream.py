@@ -67,6 +67,15 @@ class StepBatches:
             batch[name] = array[0] if self._micro[0] == 1 else array
         return batch
 
+    def largest(self) -> Batch:
+        """A batch of the longest rows that the run has."""
+        found = self[0]
+        for step in range(1, self.steps):
+            if found["input_ids"].shape[-1] == self.buckets[-1]:
+                break
+            found = max(found, self[step], key=lambda batch: batch["input_ids"].shape[-1])
+        return found
+
     def tokens_of(self, step: int) -> int:
         """Tokens that step `step`, counted from 0, trains on in all rows; padding is none."""
         return self._source.tokens_of(step)

@@ -19,7 +19,7 @@ from qlora_jax.errors import missing
 from qlora_jax.models.attention import use_attention
 from qlora_jax.parallel import Layout, is_first, whole_here
 from qlora_jax.training.auto import fitting
-from qlora_jax.training.checkpoints import Checkpoint, RunCheckpoints, check_unused
+from qlora_jax.training.checkpoints import Checkpoint, RunCheckpoints, check_output
 from qlora_jax.training.checks import checked
 from qlora_jax.training.evaluation import HeldOut
 from qlora_jax.training.interrupts import Interrupts
@@ -86,19 +86,20 @@ def fit(
     grad_norm (before clipping), both if finite, learning_rate (not with an optimizer of one's own),
     tokens (labelled), skipped (how many steps were skipped so far, since loss or gradient was not
     finite), tokens_per_second (all but padding), memory_bytes (peak), seconds (of this step),
-    input_seconds (that its batch was waited for). Of an evaluation: step, eval_loss, eval_tokens.
+    input_seconds (that its batch was waited for). Of an evaluation: step, eval_loss (if finite),
+    eval_tokens.
 
     Ctrl-C or SIGTERM ends the run after the step that is under way, and what was trained is saved;
     a second Ctrl-C raises KeyboardInterrupt (with several processes the first). Raises QloraError
-    if `output` has a run already and `resume` is off, or another run and it is on, for examples
+    if `output` has a run already and `resume` is off, or another run (or an adapter and no
+    checkpoint) and it is on, for examples
     longer than the settings' sequence length or the model's context, for ids outside its
     vocabulary, if a checkpoint cannot be written, and after `max_skipped` skipped steps in a row;
     then the state is saved as it was before them.
     """
     output = Path(output)
     checkpoints = RunCheckpoints(output, settings.keep)
-    if not resume:
-        check_unused(output)
+    check_output(output, resume)
     # Said now, not when the run is over and its result would be lost.
     for package, purpose, extra in _NEEDED_AT_THE_END:
         if importlib.util.find_spec(package) is None:
@@ -119,11 +120,12 @@ def fit(
             return TrainState.create(lora.init(keys[0], params, config), transform, keys[1])
         return TrainState.create(adapters, transform, keys[1])
 
+    shapes = jax.eval_shape(start, adapters, model.params, keys)
+    peft.check(shapes.adapters, model, config)  # now, not when they are trained
     if settings.memory == "auto":
-        shapes = jax.eval_shape(start, adapters, model.params, keys)
-        first = StepBatches(train, settings)[0]
+        largest = StepBatches(train, settings).largest()
         settings, chosen = fitting(
-            model, settings, shapes, first, layout, may_page=optimizer is None
+            model, settings, shapes, largest, layout, may_page=optimizer is None
         )
         transform = optimizer or settings.make_optimizer(steps)
         if display and is_first():

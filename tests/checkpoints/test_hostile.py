@@ -235,3 +235,13 @@ def test_adapter_configurations(where, value, adapter, tmp_path):
     (tmp_path / "adapter_config.json").write_text(json.dumps(change_at(about, where, value)))
     shutil.copy(folder / "adapter_model.safetensors", tmp_path)
     harmless(lambda: qj.peft.load(tmp_path, model), 10_000)
+
+
+def test_a_tokenizer_runs_no_code(tmp_path):
+    folder = tiny.write_checkpoint(tmp_path / "model")
+    file = folder / "tokenizer_config.json"
+    theirs = {"tokenizer_class": "Mine", "auto_map": {"AutoTokenizer": [None, "mine.Mine"]}}
+    file.write_text(json.dumps(json.loads(file.read_text()) | theirs))
+    (folder / "mine.py").write_text("raise SystemExit('it ran')")
+    with pytest.raises(qj.QloraError, match="the tokenizer cannot be read"):
+        qj.load(folder)

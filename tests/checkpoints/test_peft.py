@@ -188,6 +188,17 @@ def test_factors_must_be_finite_floating_point_numbers(model, saved):
     assert text.count("\n") == 3
 
 
+def test_factors_without_numbers_are_misshapen(model, saved):
+    """As DeepSpeed's third stage leaves them where they were not gathered."""
+    file = saved / "adapter_model.safetensors"
+    tensors = load_file(file)
+    name = "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight"
+    tensors[name] = np.zeros((0, 64), np.float32)
+    save_file(tensors, file)
+    with pytest.raises(qj.QloraError, match=r"0.self_attn.q_proj: A \(0, 64\) and B"):
+        qj.peft.load(saved, model)
+
+
 def test_adapters_that_are_not_finite_are_not_saved(model, tmp_path):
     adapters = trained(model, qj.LoraConfig(rank=4, targets=("q_proj", "v_proj")))
     path = "layers/self_attn/v_proj/kernel"

@@ -17,7 +17,8 @@ from qlora_jax.data import (
     rows_to_examples,
     tokenize,
 )
-from qlora_jax.data.tokenize import encode_prompt
+from qlora_jax.data.order import mix
+from qlora_jax.data.tokenize import encode_prompt, turn_end
 from tests import tiny
 from tests.training import models
 
@@ -57,9 +58,22 @@ def test_the_accepted_rows():
     [
         ("[1]", "a row must be an object, not list"),
         ("{", "not JSON"),
+        pytest.param("1" * 5000, "cannot be read .*4300 digits", id="a long number"),
+        pytest.param("[" * 100_000, "cannot be read .*recursion", id="a deep list"),
+        ('{"prompt": "smile \\uD83D", "completion": "x"}', "half of a character"),
         ('{"text": "x"}', r"found the fields \['text'\]; expected one of"),
         ('{"prompt": 1, "completion": "x"}', "'prompt' is int, not text"),
         ('{"prompt": "x", "completion": ""}', "the answer is empty"),
+        ('{"question": "x", "answer": "y", "context": "z"}', "has 'context', which no template"),
+        ('{"messages": [{"role": "assistant", "content": "x"}], "tools": [1]}', "has 'tools'"),
+        (
+            '{"messages": [{"role": "assistant", "content": "x", "tool_calls": [1]}]}',
+            "message 0: has 'tool_calls'",
+        ),
+        (
+            '{"messages": [{"role": "assistant", "content": "x", "weight": 0}]}',
+            "message 0 has the weight 0; every answer is learned",
+        ),
         ('{"messages": []}', "at least one message"),
         ('{"messages": [{"role": "robot", "content": "x"}]}', "role 'robot'"),
         ('{"messages": [{"role": "user", "content": "x"}]}', "the last message is the user's"),
@@ -71,6 +85,25 @@ def test_bad_rows_are_named_by_file_and_line(row, message, tmp_path):
     with pytest.raises(qj.QloraError, match=message) as error:
         read_examples(path)
     assert f"{path}, line 3" in str(error.value)
+
+
+def test_whole_characters_may_be_escaped(tmp_path):
+    (tmp_path / "rows.jsonl").write_text('{"prompt": "\\ud83d\\ude00", "completion": "c"}\n')
+    (example,) = read_examples(tmp_path / "rows.jsonl")
+    assert example.messages[0].content == "\N{GRINNING FACE}"
+
+
+@pytest.mark.parametrize("error", ["RuntimeError", "DatasetGenerationError"])
+def test_a_dataset_that_the_hub_does_not_give(error, monkeypatch):
+    datasets = pytest.importorskip("datasets")
+    kind = getattr(datasets.exceptions, error, RuntimeError)
+
+    def load_dataset(*_, **__):
+        raise kind("scripts are no longer supported\nand more")
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    with pytest.raises(qj.QloraError, match=r"loaded \(scripts are no longer supported\)"):
+        read_examples("owner/name")
 
 
 def test_files_that_hold_nothing(tmp_path):
@@ -120,6 +153,40 @@ def test_a_token_that_ends_whole_conversations_only(tokenizer, monkeypatch):
     monkeypatch.setattr(tokenizer, "chat_template", template)
     (example,) = tokenize(rows_to_examples([{"messages": CHAT}]), tokenizer, 512)
     assert labelled(tokenizer, example) == "hello;ciao;</s>"
+
+
+def test_templates_are_told_the_day_that_is_said(tokenizer, monkeypatch):
+    """So that a run which is resumed on another day has the same tokens."""
+    dated = "{{ strftime_now('%d %b %Y') }};" + tokenizer.chat_template
+    monkeypatch.setattr(tokenizer, "chat_template", dated)
+    rows = rows_to_examples([{"messages": CHAT}])
+    before = tokenize(rows, tokenizer, 512, today="2024-07-26")
+    assert before.today == "2024-07-26"
+    assert "26 Jul 2024;" in tokenizer.decode(before[0].input_ids)
+    now = tokenize(rows, tokenizer, 512)
+    assert now.today is not None and now.today >= "2026"
+    again = tokenize(rows, tokenizer, 512, today=now.today)
+    assert again[0].input_ids.tolist() == now[0].input_ids.tolist()
+    assert mix([before, before], [1, 1]).today == before.today
+    assert tokenize(rows[:1], tokenizer, 512).today == now.today
+    plain = rows_to_examples([{"prompt": "a", "completion": "b"}])
+    assert tokenize(plain, tokenizer, 512, "plain").today is None
+
+
+def test_the_token_that_ends_a_turn(tokenizer, monkeypatch):
+    """Which generation stops at too: it need not be the tokenizer's EOS."""
+    assert turn_end(tokenizer) == tokenizer.eos_token_id
+    template = tokenizer.chat_template
+    assert "</s>" in template
+    monkeypatch.setattr(tokenizer, "chat_template", template.replace("</s>", "<s>"))
+    assert turn_end(tokenizer) == tokenizer.bos_token_id
+    monkeypatch.setattr(tokenizer, "chat_template", template.replace("</s>", "."))
+    assert turn_end(tokenizer) is None
+    refusing = "{{ raise_exception('a system turn first') }}"
+    monkeypatch.setattr(tokenizer, "chat_template", refusing)
+    assert turn_end(tokenizer) is None
+    monkeypatch.setattr(tokenizer, "chat_template", None)
+    assert turn_end(tokenizer) is None
 
 
 def test_what_a_conversation_begins_with_is_no_answer(tokenizer):

@@ -104,6 +104,17 @@ def test_rows_of_each_dataset(name, tmp_path):
     assert read_pairs(path, name) == found
 
 
+def test_instances_that_are_none():
+    row = {"instances": {"instruction_with_input": ["a", "b"], "output": ["c"]}}
+    with pytest.raises(qj.QloraError, match="instruction_with_input and output of 'instances'"):
+        rows_to_pairs([row], "unnatural-instructions")
+    with pytest.raises(qj.QloraError, match="'instances' has NoneType, expected objects"):
+        rows_to_pairs([{"instances": [None]}], "unnatural-instructions")
+    none = {"instances": {"instruction_with_input": None, "output": None}}
+    rows = [none, *ROWS["unnatural-instructions"]]
+    assert len(rows_to_pairs(rows, "unnatural-instructions")) == 2
+
+
 def test_instances_that_the_datasets_library_turned_into_columns():
     row = dict(ROWS["unnatural-instructions"][0])
     row["instances"] = {

@@ -1,5 +1,6 @@
 """A run on eight virtual devices is the run on one; what lies where."""
 
+import dataclasses
 import functools
 from typing import Any
 
@@ -13,6 +14,8 @@ import qlora_jax as qj
 from benchmarks.mesh import collectives, moved_dense
 from qlora_jax.models import init_params, read_config
 from qlora_jax.parallel import Layout, make_mesh
+from qlora_jax.parallel.rules import rules_for
+from qlora_jax.quant import nf4_matmul, nf4_matmul_transposed, pieces
 from qlora_jax.training.settings import TrainSettings
 from qlora_jax.training.trainer import fit
 from tests.training import models
@@ -105,7 +108,7 @@ def test_losses_are_those_of_one_device(spec: str) -> None:
 
 
 def test_fit_on_a_mesh(tmp_path: Any) -> None:
-    """Evaluation and a saved adapter included."""
+    """Evaluation and a saved adapter included; the optimizer's state in the host's memory."""
     settings = TrainSettings(steps=2, batch_size=4, accumulate=2)
     config = qj.LoraConfig(rank=4, targets=TARGETS)
     runs = [
@@ -113,7 +116,7 @@ def test_fit_on_a_mesh(tmp_path: Any) -> None:
             models.model(),
             config,
             models.dataset(),
-            settings,
+            dataclasses.replace(settings, paged=mesh is not None),
             tmp_path / str(mesh),
             evaluation=models.dataset(5, seed=1),
             mesh=mesh and make_mesh(mesh),
@@ -126,6 +129,28 @@ def test_fit_on_a_mesh(tmp_path: Any) -> None:
             assert one[name] == pytest.approx(other[name], abs=1e-5)
     saved, _ = qj.peft.load(tmp_path / "fsdp=4,tensor=2", models.model())
     jax.tree.map(np.testing.assert_array_equal, saved, runs[1].adapters)
+
+
+@pytest.mark.parametrize("name", ["q_proj", "o_proj"])
+@pytest.mark.parametrize("spec", ["tensor=2", "fsdp=2"])
+def test_pieces_of_a_devices_part_find_their_scales(spec: str, name: str, monkeypatch: Any) -> None:
+    """256 scales share a nested absmax across columns, whose sizes differ here; seven rows cannot
+    be split, so that with fsdp the weight is."""
+    k, n = 512, 1024
+    monkeypatch.setattr(pieces, "LIMIT", 2**16)
+    keys = jax.random.split(jax.random.key(0), 4)
+    sizes = jnp.exp(2 * jax.random.normal(keys[1], (1, n)))
+    weight = qj.quantize(jax.random.normal(keys[0], (k, n)) * sizes, qj.NF4())
+    mesh = make_mesh(spec, jax.devices()[:2])
+    layout = Layout(mesh, rules_for("llama"))
+    placed = layout.params({"layers": {"attention": {name: {"kernel": weight}}}})
+    placed = placed["layers"]["attention"][name]["kernel"]
+    dense = weight.dequantize(jnp.float32)
+    x, g = jax.random.normal(keys[2], (7, k)), jax.random.normal(keys[3], (7, n))
+    for product, expected in ((nf4_matmul, x @ dense), (nf4_matmul_transposed, g @ dense.T)):
+        ours = jax.jit(product)(x if product is nf4_matmul else g, placed)
+        scale = float(jnp.abs(expected).max())
+        np.testing.assert_allclose(ours, expected, rtol=0, atol=1e-5 * scale)
 
 
 def test_a_batch_that_cannot_be_split(tmp_path: Any) -> None:

@@ -149,6 +149,20 @@ def test_examples_as_long_as_the_context(tmp_path):
     trainer.fit(models.model(), CONFIG, whole, settings, tmp_path / "out", display=False)
 
 
+def test_what_cannot_be_saved_is_not_trained(tmp_path):
+    model = models.model()
+    model = dataclasses.replace(
+        model,
+        config=dataclasses.replace(model.config, tie_word_embeddings=True),
+        params={name: tree for name, tree in model.params.items() if name != "lm_head"},
+    )
+    config = qj.LoraConfig(rank=2, dora=True, targets=("embed_tokens",))
+    settings = TrainSettings(steps=1)
+    with pytest.raises(qj.QloraError, match="norms of their own under DoRA"):
+        trainer.fit(model, config, models.dataset(), settings, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
 def test_an_adapter_is_not_overwritten(tmp_path):
     fit(tmp_path / "out", settings={"steps": 1})
     with pytest.raises(qj.QloraError, match="has an adapter already"):

@@ -13,8 +13,9 @@ from jax.sharding import NamedSharding, PartitionSpec
 import qlora_jax as qj
 from qlora_jax.data import batches
 from qlora_jax.lora import LoraWeights
+from qlora_jax.parallel.rules import in_host_memory
 from qlora_jax.training.divisors import with_divisors
-from qlora_jax.training.paged import host_shardings, is_paged
+from qlora_jax.training.paged import is_paged
 from qlora_jax.training.pages import Cut, Whole, layout
 from qlora_jax.training.settings import OptimizerName, TrainSettings
 from tests import xla_options
@@ -197,7 +198,7 @@ def test_sharded_state_stays_sharded():
     optimizer = qj.paged(optax.adamw(1e-2), 1536)  # a row
     state = optimizer.init(params)
     assert state.layout == (Cut(0, 1),)
-    wanted = host_shardings(state, spec)
+    wanted = in_host_memory(state, jax.tree.map(lambda _: spec, state))
 
     def check(state):
         for x in (state.inner[0].mu["w"], state.inner[0].nu["w"]):

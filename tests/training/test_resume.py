@@ -17,7 +17,7 @@ import pytest
 
 import qlora_jax as qj
 from qlora_jax.training import checkpoints as checkpoints_module
-from qlora_jax.training.checkpoints import RunCheckpoints, is_finished
+from qlora_jax.training.checkpoints import RunCheckpoints, day_of, is_finished
 from qlora_jax.training.evaluation import HeldOut
 from qlora_jax.training.settings import TrainSettings
 from qlora_jax.training.stream import StepBatches
@@ -150,6 +150,27 @@ def test_a_run_that_is_finished_says_so(whole, tmp_path, capsys):
     (output / "adapter_model.safetensors").unlink()
     with pytest.raises(qj.QloraError, match="has an adapter already, or a checkpoint"):
         run(output)
+
+
+def test_an_adapter_without_a_checkpoint_is_not_begun_anew(whole, tmp_path):
+    """As after a run whose checkpoints were removed to make room."""
+    import shutil
+
+    output = tmp_path / "out"
+    shutil.copytree(whole, output)
+    for path in output.glob("step-*"):
+        shutil.rmtree(path)
+    with pytest.raises(qj.QloraError, match="an adapter, but no whole checkpoint to go on from"):
+        run(output, resume=True)
+    assert adapter(output) == adapter(whole) and lines(output) == lines(whole)
+
+
+def test_the_day_that_the_template_was_told_stays_with_the_run(tmp_path):
+    data = dataclasses.replace(models.dataset(), today="2024-07-26")
+    settings = dataclasses.replace(SETTINGS, steps=1)
+    fit(models.model(), CONFIG, data, settings, tmp_path / "out", display=False)
+    assert day_of(tmp_path / "out") == "2024-07-26"
+    assert day_of(tmp_path / "none") is None
 
 
 def test_nothing_to_resume_begins(whole, tmp_path):

@@ -79,6 +79,7 @@ def test_bad_schedules(name: Any, warmup: int, message: str) -> None:
         ({"save_every": -1}, "save_every"),
         ({"log_every": 0}, "log_every"),
         ({"epochs": 0.0}, "epochs must be positive"),
+        ({"seed": -1}, "seed must not be negative, got -1"),
         ({"learning_rate": 0.0}, "learning_rate must be positive"),
         ({"learning_rate": float("nan")}, "learning_rate must be positive"),
         ({"max_grad_norm": 0.0}, "max_grad_norm must be positive"),

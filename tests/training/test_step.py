@@ -119,6 +119,46 @@ def test_the_state_is_donated():
     assert all(x.is_deleted() for x in jax.tree.leaves(s.adapters))
 
 
+def test_slips_are_named():
+    model, optimizer = models.model(), optax.sgd(0.0)
+    s, ids = state(optimizer), batch()["input_ids"]
+
+    def taken(loss: Any, given: Any) -> None:
+        qj.make_train_step(loss, optimizer)(s, model.params, given)
+
+    with pytest.raises(qj.QloraError, match=r"needs \['labels'\]; it has \['input_ids'\]"):
+        taken(model.loss, {"input_ids": ids})
+    with pytest.raises(qj.QloraError, match=r"tree of arrays \[B, ...\], got leaves of type"):
+        taken(model.loss, {"input_ids": [1, 2], "labels": [1, 2]})
+    with pytest.raises(qj.QloraError, match="must return two scalars"):
+        taken(lambda params, batch: model.loss(params, batch)[0], batch())
+    with pytest.raises(qj.QloraError, match="must return two scalars"):
+        taken(lambda params, batch: model.apply(params, batch["input_ids"]), batch())
+
+
+def test_dropout_and_an_optimizer_of_the_whole_tree():
+    model, optimizer = models.model(), qj.freeze_base(optax.sgd(1.0))
+    adapters = qj.lora.init(jax.random.key(1), model.params, CONFIG)
+    tree = qj.lora.attach(model.params, adapters, dropout=0.5, key=jax.random.key(0))
+    with pytest.raises(qj.QloraError, match="holds the key of a dropout"):
+        optimizer.update(tree, optimizer.init(tree), tree)
+
+
+def test_a_gpu_gets_options_that_this_jax_knows(monkeypatch):
+    """A CPU's compiler reads them too, and does nothing about them."""
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    model, optimizer = models.model(), optax.sgd(0.0)
+    s = state(optimizer)
+    evaluate, step = qj.make_eval_step(model.loss), qj.make_train_step(model.loss, optimizer)
+    evaluate(s.adapters, model.params, batch())
+    for stepping in (evaluate, step):
+        start = s.adapters if stepping is evaluate else s
+        with pytest.raises(ValueError, match="xla_gpu_enable_triton_gemm"):
+            jax.jit(stepping)(start, model.params, batch())
+    bare = qj.make_train_step(model.loss, optimizer, compiler_options={})
+    jax.jit(bare).lower(s, model.params, batch())
+
+
 def test_evaluation_is_the_loss():
     model = models.model()
     adapters = state(optax.sgd(0.0)).adapters

@@ -113,6 +113,7 @@ def test_at_most_three_shapes():
     batches = StepBatches(type(data)(examples, 0), settings)
     shapes = {batch["input_ids"].shape for batch in batches.start()}
     assert shapes == {(1, bucket) for bucket in batches.buckets} and len(shapes) == 3
+    assert batches.largest()["input_ids"].shape[-1] == batches.buckets[-1]
 
 
 def test_batches_are_made_ahead(monkeypatch):

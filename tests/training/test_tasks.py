@@ -210,11 +210,43 @@ def test_the_command_line_trains_them_too(tokenizer, tmp_path, capsys):
     roberta = write_model(tmp_path / "roberta", tokenizer, config)
     rows = [{"text": word, "label": ("no", "yes")[len(word) > 4]} for word in WORDS]
     data = write_rows(tmp_path / "labels.jsonl", rows)
+    named = json.loads((roberta / "config.json").read_text()) | {"id2label": {0: "yes", 1: "no"}}
+    (tmp_path / "named").mkdir()
+    for file in roberta.iterdir():
+        (tmp_path / "named" / file.name).write_bytes(file.read_bytes())
+    (tmp_path / "named" / "config.json").write_text(json.dumps(named))
     source = ["--data", str(data), "--dataset-format", "classification", "--eval-count", "2"]
     out = ["--output", str(tmp_path / "classes")]
     cli.main(["train", "--model", str(roberta), *source, *out, *options])
     assert "labels: 0 = no, 1 = yes" in capsys.readouterr().out
     assert (tmp_path / "classes" / "adapter_model.safetensors").exists()
+    out = ["--output", str(tmp_path / "pissa"), "--lora.init", "pissa"]
+    cli.main(["train", "--model", str(tmp_path / "named"), *source, *out, *options])
+    assert "labels: 0 = yes, 1 = no" in capsys.readouterr().out
+    saved = json.loads((tmp_path / "pissa" / "adapter_config.json").read_text())
+    assert "classifier" in saved["modules_to_save"]
+    trained, merged = tmp_path / "classes", tmp_path / "merged"
+    paths = ["--adapter", str(trained), "--output", str(merged)]
+    cli.main(["merge", "--model", str(roberta), *paths])
+    found = qj.load(merged).config
+    assert found.labels == ("no", "yes") and found.problem_type == "single_label_classification"
+    to = [str(tmp_path / "converted"), "--to", "safetensors", "--adapter", str(trained)]
+    cli.main(["convert", str(roberta), *to])
+    assert qj.load(tmp_path / "converted").config.labels == ("no", "yes")
+    (trained / "labels.json").write_text('{"labels": ["no"]}')
+    with pytest.raises(SystemExit):
+        cli.main(["convert", str(roberta), str(tmp_path / "other"), *to[1:]])
+    assert "expected the names of 2 labels" in capsys.readouterr().err
+    # The head's former task does not stay with it.
+    numbers = [{"text": word, "label": len(word) / 4} for word in WORDS]
+    data = write_rows(tmp_path / "numbers.jsonl", numbers)
+    source[1] = str(data)
+    for problem in ("single_label_classification", "regression"):
+        about = json.loads((merged / "config.json").read_text()) | {"problem_type": problem}
+        (merged / "config.json").write_text(json.dumps(about))
+        out = ["--output", str(tmp_path / problem)]
+        cli.main(["train", "--model", str(merged), *source, *out, *options])
+        source[1] = str(tmp_path / "labels.jsonl")
     for model in (t5, roberta):  # rows that they are not trained on
         wrong = source if model is t5 else ["--data", str(tmp_path / "pairs.jsonl"), *FORMAT]
         with pytest.raises(SystemExit) as stop:

@@ -61,6 +61,11 @@ def load(folder: str | Path, model: AnyModel) -> tuple[Adapters, LoraConfig | Ve
         raise QloraError(f"{folder / CONFIG}: {error}") from error
 
 
+def tensor_shapes(folder: str | Path) -> dict[str, tuple[int, ...]]:
+    """Of the tensors of PEFT's adapter in `folder`, by the names that they have there."""
+    return {name: x.shape for name, x in _read_tensors(Path(folder)).items()}
+
+
 def _read_tensors(folder: Path) -> dict[str, np.ndarray]:
     if (folder / WEIGHTS).is_file():
         with open_safetensors(folder / WEIGHTS) as file:

@@ -55,30 +55,21 @@ def save(
         from safetensors.numpy import save_file
     except ModuleNotFoundError as error:
         raise missing("safetensors", f"writing {folder}", "hf") from error
-    table = {parameter.path: parameter for parameter in parameters(model.config)}
     shared = adapters.get(PROJECTIONS)
-    adapters = {path: adapter for path, adapter in adapters.items() if path != PROJECTIONS}
-    strangers = [path for path in adapters if path not in table]
-    if strangers:
-        raise QloraError(f"the model has no parameters {strangers}")
+    try:
+        table, adapters, description = _described(adapters, model, config)
+    except QloraError as error:
+        raise QloraError(f"{folder}: nothing was written, {error}") from error
     flat, _ = jax.tree_util.tree_flatten_with_path(adapters)
     if faults := [f"{path_str(at)}: {fault}" for at, x in flat if (fault := fault_of(x))]:
         raise QloraError(
             f"{folder}: nothing was written, the adapters are not whole:\n  " + "\n  ".join(faults)
         )
-    try:
-        check_tied(adapters, model)
-    except QloraError as error:
-        raise QloraError(f"{folder}: nothing was written, {error}") from error
     tensors = {PREFIX + name: x for name, x in _tensors(adapters, table, model)}
     tensors |= tied_head(tensors, model)
     if shared is not None:
         vera = config if isinstance(config, VeraConfig) else VeraConfig()
         tensors |= _projections(folder, shared, vera)
-        description = _describe_vera(adapters, table, model, vera)
-    else:
-        plain = config if isinstance(config, LoraConfig) else LoraConfig()
-        description = _describe(adapters, table, model, plain)
     if unread := unread_by_peft(adapters):
         logger.warning(
             "%s: PEFT beside transformers 5 passes over the adapters of %s, since it takes their "
@@ -92,6 +83,30 @@ def save(
         save_file(tensors, part, metadata={"format": "pt"})
     with new_file(folder / CONFIG) as part:
         part.write_text(json.dumps(description, indent=2) + "\n", encoding="utf-8")
+
+
+def check(
+    adapters: Adapters, model: AnyModel, config: LoraConfig | VeraConfig | None = None
+) -> None:
+    """Raises QloraError for adapters (arrays, or their shapes) that `save` has no form for."""
+    _described(adapters, model, config)
+
+
+def _described(
+    adapters: Adapters, model: AnyModel, config: LoraConfig | VeraConfig | None
+) -> tuple[dict[str, Parameter], Adapters, dict[str, Any]]:
+    """The model's parameters by path, the adapters of parameters, and what adapter_config.json
+    says of them."""
+    table = {parameter.path: parameter for parameter in parameters(model.config)}
+    own = {path: adapter for path, adapter in adapters.items() if path != PROJECTIONS}
+    if strangers := [path for path in own if path not in table]:
+        raise QloraError(f"the model has no parameters {strangers}")
+    check_tied(own, model)
+    if PROJECTIONS in adapters:
+        vera = config if isinstance(config, VeraConfig) else VeraConfig()
+        return table, own, _describe_vera(own, table, model, vera)
+    plain = config if isinstance(config, LoraConfig) else LoraConfig()
+    return table, own, _describe(own, table, model, plain)
 
 
 def _tensors(
