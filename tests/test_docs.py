@@ -32,6 +32,17 @@ def test_decomposed_adapters(tmp_path):
 
 
 @pytest.mark.standard_promotion
+def test_a_model_of_ones_own():
+    (example,) = blocks("python", DOCS / "own_models.md")
+    scope: dict = {}
+    exec(compile(example, "own_models.md", "exec"), scope)
+    query = scope["frozen"]["attention"]["query"]["kernel"]
+    assert query.k_shape == (128,) and query.n_shape == (4, 32)
+    assert scope["frozen"]["head"]["kernel"].shape == (128, 2)
+    assert float(scope["metrics"]["loss"]) < 0.2
+
+
+@pytest.mark.standard_promotion
 def test_data(tmp_path, monkeypatch, capsys):
     examples = blocks("python", DOCS / "data.md")
     folder = tiny.write_checkpoint(tmp_path / "model", layers=1)

@@ -24,7 +24,7 @@ from qlora_jax.errors import QloraError
 from qlora_jax.lora import Adapters, LoraConfig, count, init_quantized
 from qlora_jax.models.classification import REGRESSION, SINGLE_LABEL
 from qlora_jax.models.encoder_config import CLASSIFICATION, default_labels
-from qlora_jax.parallel import is_first, put_parameter
+from qlora_jax.parallel import Layout, is_first, put_parameter
 from qlora_jax.training.checkpoints import check_output, day_of, is_begun, is_finished
 from qlora_jax.training.settings import TrainSettings
 from qlora_jax.training.trainer import fit
@@ -84,6 +84,11 @@ class Train(DataOptions, DeviceOptions, ModelOptions):
             adapters, config = peft.load(self.adapter, model)
         elif taken_out:
             model, adapters = self._take_out(model, config)
+        # The run makes its own: on the device there is to be room for one of each.
+        adapters = jax.device_get(adapters)
+        if mesh is not None:
+            params = Layout.of(mesh, model.config).params(model.params)
+            model = dataclasses.replace(model, params=params)
         result = fit(
             model,
             config,

@@ -138,9 +138,11 @@ def adapter_shardings(adapters: Adapters, mesh: Mesh, rules: Rules) -> Adapters:
 
 
 def like_adapters(tree: Any, adapters: Adapters, shardings: Adapters) -> Any:
-    """A NamedSharding for every leaf of `tree`, such as an optimizer's state: that of the adapter
-    leaf whose path its own contains, if the shapes are the same; else the leaf is whole everywhere.
-    Parts that are `InHostMemory` are so.
+    """A NamedSharding for every leaf of `tree`, such as an optimizer's state.
+
+    That of the adapter leaf by whose path its own ends, if the shapes are the same. What stands for
+    an adapter leaf, [L, blocks, ...] under its path (as moments of 8 bits do), has its blocks split
+    over the same devices. Other leaves are whole everywhere. Parts that are `InHostMemory` are so.
     """
     flat, _ = jax.tree_util.tree_flatten_with_path(adapters)
     places = jax.tree.leaves(shardings)
@@ -149,9 +151,15 @@ def like_adapters(tree: Any, adapters: Adapters, shardings: Adapters) -> Any:
     whole = NamedSharding(mesh, PartitionSpec())
 
     def one(path: Any, leaf: Any) -> NamedSharding:
-        ends = (tuple(path[start:]) for start in range(len(path)))
+        ends = [tuple(path[start:]) for start in range(len(path))]
         shape, sharding = next((known[end] for end in ends if end in known), (None, whole))
-        return sharding if shape == leaf.shape else whole
+        if shape == leaf.shape:
+            return sharding
+        under = next((known[end[:-1]] for end in ends if end[:-1] in known), None)
+        if under is None or leaf.ndim < 2:
+            return whole
+        names = tuple(n for axes in under[1].spec if axes for n in _names(axes))
+        return _sharding(leaf.shape, ((), names, *((),) * (leaf.ndim - 2)), mesh)
 
     return in_host_memory(tree, jax.tree_util.tree_map_with_path(one, tree))
 
@@ -169,6 +177,10 @@ def in_host_memory(tree: Any, shardings: Any) -> Any:
         return jax.tree.map(lambda s: s.with_memory_kind("pinned_host"), shardings)
 
     return jax.tree.map(one, tree, shardings, is_leaf=lambda node: isinstance(node, InHostMemory))
+
+
+def _names(axes: Any) -> Names:
+    return (axes,) if isinstance(axes, str) else tuple(axes)
 
 
 def _sharding(shape: Sequence[int], axes: Axes, mesh: Mesh) -> NamedSharding:

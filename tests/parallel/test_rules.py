@@ -3,6 +3,8 @@
 from typing import Any
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 import pytest
 from jax.sharding import PartitionSpec as P
 
@@ -110,3 +112,23 @@ def test_adapters_and_optimizer_state() -> None:
         assert up.b.spec == P(None, None, ("fsdp", "tensor"))
         assert tree["lm_head/kernel"].spec == P(None, ("fsdp", "tensor"))
     assert shardings.opt_state[0].count.spec == shardings.step.spec == P()
+
+
+def test_moments_of_8_bits_are_split_by_blocks() -> None:
+    layout, params = placed(LLAMA)
+    config = qj.LoraConfig(rank=64, targets=("up_proj",))
+    adapters = qj.lora.init(jax.random.key(0), params, config)
+    gradients = jax.tree.map(lambda x: 0.1 + jnp.abs(x), adapters)
+    optimizer = qj.adamw8bit(1e-2)
+    state = qj.TrainState.create(adapters, optimizer)
+    shardings = layout.state_shardings(state)
+    moment = shardings.opt_state[0].mu["layers/mlp/up_proj/kernel"].a
+    assert moment.codes.spec == P(None, ("fsdp", "tensor"), None)
+    assert moment.absmax.spec == P(None, ("fsdp", "tensor"))
+    expected, after = optimizer.update(gradients, state.opt_state, adapters)
+    there = layout.state(state)
+    split = (shardings.adapters, shardings.opt_state)
+    update = jax.jit(optimizer.update, out_shardings=split)
+    updates, moved = update(jax.device_put(gradients, split[0]), there.opt_state, there.adapters)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5), expected, updates)
+    jax.tree.map(np.testing.assert_array_equal, moved[0].mu, after[0].mu)
