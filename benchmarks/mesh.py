@@ -23,8 +23,8 @@ import jax.numpy as jnp
 import qlora_jax as qj
 from benchmarks import abstract
 from qlora_jax.models import LlamaConfig
-from qlora_jax.parallel.rules import bytes_on_a_device
 from qlora_jax.plan.compilers import environment
+from qlora_jax.training.footprint import tree_bytes
 
 LLAMA_65B = {
     "vocab_size": 32000,
@@ -162,7 +162,7 @@ def main(name: str, dump: Path) -> None:
         + memory.temp_size_in_bytes
     )
     print(
-        f"| {name} | {case.mesh} | {_bytes(params) / gib:.2f} | {_bytes(state) / gib:.2f} "
+        f"| {name} | {case.mesh} | {tree_bytes(params) / gib:.2f} | {tree_bytes(state) / gib:.2f} "
         f"| {memory.temp_size_in_bytes / gib:.2f} | {peak / gib:.2f} | {seconds:.0f} |"
     )
     (program,) = dump.glob("*-TLP-hlo.txt")
@@ -173,10 +173,6 @@ def main(name: str, dump: Path) -> None:
     for one in moved_dense(found, params):
         print(f"  MOVES A DENSE WEIGHT: {one}")
     sys.stdout.flush()
-
-
-def _bytes(tree: Any) -> int:
-    return bytes_on_a_device(tree, jax.tree.map(lambda x: x.sharding, tree))
 
 
 if __name__ == "__main__":

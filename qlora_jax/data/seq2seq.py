@@ -1,6 +1,7 @@
 """Prompts and answers to token ids, for an encoder that reads the one and a decoder that writes the
 other."""
 
+import functools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -31,13 +32,16 @@ class Seq2SeqDataset(TokenizedDataset):
         if packed or any(len(row) != 1 for row in rows):
             raise QloraError("packing is for decoders; pairs of texts have a row each")
         examples = [example for (example,) in rows]
-        longest = rounded(max(len(example.labels) for example in self.examples))
         ids = [example.input_ids for example in examples]
         return Batch(
             input_ids=pad(ids, length, self.pad_id),
-            labels=pad([example.labels for example in examples], longest, IGNORE),
+            labels=pad([example.labels for example in examples], self._longest_answer, IGNORE),
             attention_mask=pad([np.ones(len(x), np.int32) for x in ids], length, 0),
         )
+
+    @functools.cached_property
+    def _longest_answer(self) -> int:
+        return rounded(max(len(example.labels) for example in self.examples))
 
 
 def tokenize_seq2seq(

@@ -5,7 +5,6 @@ follows from it.
 """
 
 import dataclasses
-import math
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -206,11 +205,3 @@ def _fit(sizes: Sequence[int], axes: Axes, mesh: Mesh, *, either: bool = False) 
                     taken[i] = (*taken[i], name)
                     parts[i] *= count
     return tuple(taken)
-
-
-def bytes_on_a_device(tree: Any, shardings: Any) -> int:
-    """Bytes of `tree`'s leaves (arrays or shapes) on one device."""
-    sizes = jax.tree.map(
-        lambda x, s: math.prod(s.shard_shape(x.shape)) * x.dtype.itemsize, tree, shardings
-    )
-    return sum(jax.tree.leaves(sizes))

@@ -13,7 +13,7 @@ import jax
 
 from benchmarks import abstract
 from benchmarks.mesh import collectives, compile_step, moved_dense
-from qlora_jax.parallel.rules import bytes_on_a_device
+from qlora_jax.training.footprint import tree_bytes
 
 MESH, TOPOLOGY, TIME = "fsdp=8,tensor=2", "4x4", 192
 
@@ -25,7 +25,7 @@ def main(name: str) -> None:
     compiled, (_, params, _) = compile_step(config, topology, MESH, TIME, rank=16)
     seconds = time.perf_counter() - start
     whole = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(params))
-    part = bytes_on_a_device(params, jax.tree.map(lambda leaf: leaf.sharding, params))
+    part = tree_bytes(params)
     found = collectives(compiled.as_text())
     codes = sum(one.kind == "all-gather" and one.dtypes == "u8" for one in found)
     print(
