@@ -151,7 +151,10 @@ def turn_end(tokenizer: Any) -> int | None:
         return None
     _, found, after = text.rpartition(answer)
     ids = encode(tokenizer, after.lstrip()) if found else []
-    return ids[0] if ids and ids[0] in tokenizer.all_special_ids else None
+    # all_special_ids knows those with a name alone, not Llama 3's <|eot_id|>.
+    added = tokenizer.added_tokens_decoder
+    special = {number for number, token in added.items() if token.special}
+    return ids[0] if ids and ids[0] in special.union(tokenizer.all_special_ids) else None
 
 
 def uses_chat(tokenizer: Any, template: Template) -> bool:

@@ -208,9 +208,12 @@ def _two_scalars(found: Any) -> tuple[jax.Array, jax.Array]:
 
 
 def _check_arrays(batch: Batch) -> None:
-    odd = {type(x).__name__ for x in jax.tree.leaves(batch) if not getattr(x, "shape", ())}
-    if odd:
-        raise QloraError(f"a batch is a tree of arrays [B, ...], got leaves of type {sorted(odd)}")
+    leaves = jax.tree.leaves(batch)
+    if not any(jnp.shape(x) for x in leaves):
+        raise QloraError(
+            f"a batch is a tree of arrays [B, ...], this one has {len(leaves)} scalars, as lists "
+            "are read: make arrays of them"
+        )
 
 
 def _check_micro_batches(batch: Batch, accumulate: int) -> None:
