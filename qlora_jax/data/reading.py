@@ -64,7 +64,6 @@ def _refuse_half_characters(row: object, where: str) -> None:
 def _hub_dataset(name: str, split: str) -> Iterator[Row]:
     try:
         import datasets
-        from datasets.exceptions import DatasetsError
     except ModuleNotFoundError as error:
         raise missing("datasets", f"reading the dataset {name!r}", "datasets") from error
     # "owner/name:config@split", as in openai/gsm8k:main@test.
@@ -73,7 +72,8 @@ def _hub_dataset(name: str, split: str) -> Iterator[Row]:
     repository, _, config = name.partition(":")
     try:
         rows = datasets.load_dataset(repository, config or None, split=split)
-    except (OSError, ValueError, RuntimeError, DatasetsError) as error:
+    # It raises of every kind: for a name that is not there, a script, a damaged file.
+    except Exception as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise QloraError(
             f"{name}: neither a file here nor a dataset that could be loaded ({reason})"
