@@ -136,8 +136,8 @@ def _head(labels: Labels | None) -> dict[str, Any]:
         return {}
     if labels.names is None:
         return {"head": CLASSIFICATION, "num_labels": 1, "problem_type": REGRESSION}
-    kind = {"num_labels": len(labels.names), "problem_type": SINGLE_LABEL}
-    return {"head": CLASSIFICATION, **kind}
+    classes = len(labels.names)
+    return {"head": CLASSIFICATION, "num_labels": classes, "problem_type": SINGLE_LABEL}
 
 
 def _named(model: Any, labels: Labels) -> tuple[Any, Labels]:
@@ -149,9 +149,8 @@ def _named(model: Any, labels: Labels) -> tuple[Any, Labels]:
         labels = Labels(known)
     names = labels.names or ()
     print("labels:", ", ".join(f"{i} = {name}" for i, name in enumerate(names)))
-    return dataclasses.replace(
-        model, config=dataclasses.replace(model.config, labels=names)
-    ), labels
+    named = dataclasses.replace(model.config, labels=names)
+    return dataclasses.replace(model, config=named), labels
 
 
 def _with_head(config: LoraConfig, model: AnyModel) -> LoraConfig:

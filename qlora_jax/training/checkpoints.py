@@ -53,7 +53,7 @@ def check_output(output: Path, resume: bool) -> None:
     """Raises QloraError if `output` has an adapter or a checkpoint, which a new run would mix with
     its own; to resume, if it has an adapter and nothing to go on from."""
     adapter = (output / peft.WEIGHTS).exists()
-    saved = RunCheckpoints(output).newest(say=lambda _: None)
+    saved = _newest(output)
     if resume and adapter and saved is None:
         raise QloraError(
             f"{output}: has an adapter, but no whole checkpoint to go on from; to train it further "
@@ -68,19 +68,23 @@ def check_output(output: Path, resume: bool) -> None:
 
 def is_finished(output: Path) -> bool:
     """Whether the run in `output` has come to its end, and nothing is left to do."""
-    newest = RunCheckpoints(output).newest(say=lambda _: None)
+    newest = _newest(output)
     return newest is not None and newest.finished
 
 
 def is_begun(output: Path) -> bool:
     """Whether the run in `output` has a checkpoint to go on from."""
-    return RunCheckpoints(output).newest(say=lambda _: None) is not None
+    return _newest(output) is not None
 
 
 def day_of(output: Path) -> str | None:
     """The day that the chat template of the run in `output` was told, if there is one to go on."""
-    newest = RunCheckpoints(output).newest(say=lambda _: None)
+    newest = _newest(output)
     return None if newest is None else newest.run["data"].get("today")
+
+
+def _newest(output: Path) -> Checkpoint | None:
+    return RunCheckpoints(output).newest(say=lambda _: None)
 
 
 class RunCheckpoints:
