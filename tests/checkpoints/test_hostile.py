@@ -237,7 +237,9 @@ def test_adapter_configurations(where, value, adapter, tmp_path):
     harmless(lambda: qj.peft.load(tmp_path, model), 10_000)
 
 
-def test_a_tokenizer_runs_no_code(tmp_path):
+def test_a_tokenizer_runs_no_code(tmp_path, monkeypatch):
+    """Not even if whoever is asked by transformers says yes."""
+    monkeypatch.setattr("builtins.input", lambda *_: "y")
     folder = tiny.write_checkpoint(tmp_path / "model")
     file = folder / "tokenizer_config.json"
     theirs = {"tokenizer_class": "Mine", "auto_map": {"AutoTokenizer": [None, "mine.Mine"]}}

@@ -168,7 +168,6 @@ def test_templates_are_told_the_day_that_is_said(tokenizer, monkeypatch):
     again = tokenize(rows, tokenizer, 512, today=now.today)
     assert again[0].input_ids.tolist() == now[0].input_ids.tolist()
     assert mix([before, before], [1, 1]).today == before.today
-    assert tokenize(rows[:1], tokenizer, 512).today == now.today
     plain = rows_to_examples([{"prompt": "a", "completion": "b"}])
     assert tokenize(plain, tokenizer, 512, "plain").today is None
 
