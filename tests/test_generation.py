@@ -82,7 +82,7 @@ def test_much_padding_changes_nothing(model: Model) -> None:
     assert together[0] == generate(model, PROMPTS[:1], WARM)[0]
 
 
-def test_end_tokens_end_a_row(model: Model) -> None:
+def test_end_tokens_end_a_row(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
     """Those of the configuration and of the tokenizer, where no others are asked for."""
     free = generate(model, PROMPTS, WARM)
     config = dataclasses.replace(model.config, eos_token_id=(free[0][4], free[1][0]))
@@ -91,6 +91,10 @@ def test_end_tokens_end_a_row(model: Model) -> None:
     assert set(generation._end_tokens(other)) == stop
     assert set(generation._end_tokens(dataclasses.replace(other, tokenizer=None))) < stop
     assert generation._end_tokens(other, {7}) == (7,)
+    turns = model.tokenizer.chat_template.replace("</s>", "<s>")
+    with monkeypatch.context() as patch:
+        patch.setattr(model.tokenizer, "chat_template", turns)
+        assert set(generation._end_tokens(other)) == stop | {model.tokenizer.bos_token_id}
     want = [row[: min([row.index(s) for s in stop if s in row], default=12)] for row in free]
     came: list[np.ndarray] = []
     assert generate(other, PROMPTS, WARM, on_tokens=came.append) == want
