@@ -1,7 +1,9 @@
 """The command line, `qlora-jax`."""
 
+import dataclasses
 import importlib
 import importlib.util
+import os
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -63,12 +65,24 @@ def parse(command: Any, arguments: Sequence[str], name: str) -> Any:
     is replaced by what the file says."""
     import tyro
 
-    return tyro.cli(
+    settings = tyro.cli(
         command,
         prog=f"qlora-jax {name}",
         description=f"{command.__doc__}\n\n{FOOTER}",
         args=_with_file(arguments),
     )
+    return _at_home(settings)
+
+
+def _at_home(settings: Any) -> Any:
+    """The settings with `~` in paths replaced, which no shell does in `--output=~/x` or a file."""
+    values = {field.name: getattr(settings, field.name) for field in dataclasses.fields(settings)}
+    paths = {
+        name: Path(os.path.expanduser(path))
+        for name, path in values.items()
+        if isinstance(path, Path)
+    }
+    return dataclasses.replace(settings, **paths)
 
 
 def _with_file(arguments: Sequence[str]) -> list[str]:
@@ -84,7 +98,7 @@ def _with_file(arguments: Sequence[str]) -> list[str]:
         path = value or next(remaining, None)
         if path is None:
             raise QloraError("--config needs a file")
-        from_file += _flags(_read_yaml(Path(path)), "")
+        from_file += _flags(_read_yaml(Path(os.path.expanduser(path))), "")
     return from_file + rest
 
 

@@ -7,7 +7,7 @@ go into buffers of fixed size. Letters: B batch, T time, V vocabulary.
 import dataclasses
 import functools
 import math
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -76,9 +76,10 @@ def generate(
                `changes_at` is set, on the length of the longest)
 
     Returns the new ids of each prompt, without the stop token. Raises QloraError for an empty
-    prompt, for ids outside the vocabulary, and for more tokens than the model's context.
+    prompt, for what is no prompt, for ids outside the vocabulary, for more tokens than the model's
+    context, and for other than B rows.
     """
-    if not prompts:
+    if not len(prompts):
         return []
     sampling, ends = sampling or Sampling(), _end_tokens(model, stop)
     room = _bucket(sampling.max_new_tokens) if on_tokens is None else STREAM
@@ -268,6 +269,11 @@ def _pieces(
     how = dataclasses.replace(sampling, max_new_tokens=1, seed=0)
     start, decode = _programs(bare, how, ends)
     numbers = np.asarray(range(len(prompts)) if rows is None else rows, np.uint32)
+    if numbers.shape != (len(prompts),):
+        raise QloraError(
+            f"rows is {list(numbers.shape)}, but there are {len(prompts)} prompts: give one number "
+            "for each"
+        )
     keys = jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(sampling.seed), numbers)
     texts, left = [list(prompt) for prompt in prompts], sampling.max_new_tokens
     state, done, made = None, np.zeros(len(texts), bool), np.int32(0)
@@ -298,6 +304,11 @@ def _check(model: TextModel, prompts: Sequence[Sequence[int]], sampling: Samplin
     context, new = model.context, sampling.max_new_tokens
     vocabulary = model.config.vocab_size
     for number, prompt in enumerate(prompts):
+        if np.ndim(prompt) != 1:
+            raise QloraError(
+                f"prompt {number} is no sequence of token ids but has {np.ndim(prompt)} axes; "
+                "generate takes a list of prompts, also of a single one, and stream takes one"
+            )
         if not len(prompt):
             raise QloraError(f"prompt {number} is empty; generation starts from at least one token")
         if min(prompt) < 0 or max(prompt) >= vocabulary:
@@ -330,6 +341,8 @@ def _bucket(n: int) -> int:
 
 def _end_tokens(model: TextModel, stop: Collection[int] | None = None) -> tuple[int, ...]:
     need_text_model(model)
+    if stop is not None and (isinstance(stop, str) or not isinstance(stop, Iterable)):
+        raise QloraError(f"stop is {stop!r}, but must be a collection of token ids, such as [2]")
     ends = set(model.config.eos_token_id if stop is None else stop)
     if stop is None and model.tokenizer is not None:
         ends |= {model.tokenizer.eos_token_id, turn_end(model.tokenizer)} - {None}

@@ -375,6 +375,18 @@ def test_bad_input_is_one_message(folder, rows, tmp_path, capsys):
     assert "already there" in refused(capsys, "quantize", *model, "--output", tmp_path / "full")
 
 
+def test_paths_in_the_home_folder(folder, tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "s.yaml").write_text("output: ~/small\n")
+    shutil.copytree(folder, tmp_path / "model")
+    run("quantize", "--model", "~/model", "--config=~/s.yaml")
+    assert (tmp_path / "small").is_dir() and not (tmp_path / "~").exists()
+    capsys.readouterr()
+    text = refused(capsys, "merge", "--model", "~/model", "--adapter=~/none", "--output=~/m")
+    assert f"{tmp_path / 'none'}" in text
+
+
 def test_bad_settings_files(folder, tmp_path, capsys):
     settings = tmp_path / "s.yaml"
     assert "no such file" in refused(capsys, "train", "--config", settings)

@@ -107,6 +107,17 @@ def test_what_is_refused(folder, tmp_path, capsys):
         assert message in capsys.readouterr().err
 
 
+def test_a_gguf_file_is_not_overwritten(folder, tmp_path, capsys):
+    """Its folder is made if need be; the source itself may be named as DEST by mistake."""
+    file = tmp_path / "deep" / "m.gguf"
+    convert(folder, file, "gguf-f32")
+    before = file.read_bytes()
+    with pytest.raises(SystemExit) as stop:
+        convert(file, file, "gguf-q8_0")
+    assert stop.value.code == 2 and file.read_bytes() == before
+    assert "m.gguf: already there; choose another name" in capsys.readouterr().err
+
+
 def test_bitsandbytes_needs_a_weight_that_fits(folder, tmp_path, capsys):
     with pytest.raises(SystemExit) as stop:
         convert(folder, tmp_path / "q", "bitsandbytes", "--block-size", 256)

@@ -241,8 +241,20 @@ def test_prompts_are_checked(model: Model) -> None:
         generate(model, [[5], [5] * 500], Sampling(max_new_tokens=13))
     with pytest.raises(QloraError, match="prompt 0 has ids from 5 to 259"):
         generate(model, [[5, 259]])
+    with pytest.raises(QloraError, match="prompt 0 is no sequence of token ids"):
+        generate(model, [1, 2, 5])  # type: ignore[list-item]
+    with pytest.raises(QloraError, match="stop is 3, but must be a collection"):
+        generate(model, PROMPTS, stop=3)  # type: ignore[arg-type]
+    with pytest.raises(QloraError, match="rows is .2., but there are 3 prompts"):
+        generate(model, PROMPTS, rows=[0, 1])
     with pytest.raises(QloraError, match="batch_size"):
         complete(model, TALKS, batch_size=0)
+
+
+def test_an_array_of_prompts_is_a_list_of_them(model: Model) -> None:
+    prompts = np.array([[1, 2, 5], [2, 4, 5]])
+    expected = generate(model, prompts.tolist(), GREEDY)
+    assert generate(model, prompts, GREEDY) == expected  # type: ignore[arg-type]
 
 
 def test_text_needs_a_tokenizer(model: Model) -> None:

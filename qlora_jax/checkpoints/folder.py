@@ -16,6 +16,7 @@ def new_folder(folder: Path) -> Iterator[Path]:
     Raises as `check_new`.
     """
     check_new(folder)
+    folder = folder.resolve()  # a link cannot be replaced by a folder, what it leads to can
     folder.parent.mkdir(parents=True, exist_ok=True)
     part = folder.with_name(f".{folder.name}.{os.getpid()}.part")
     shutil.rmtree(part, ignore_errors=True)

@@ -55,7 +55,9 @@ def save_gguf(
         raise QloraError(f"kind is {kind!r}; expected one of {', '.join(get_args(Kind))}")
     config = describable(model.config)
     divisors = rope_divisors(config)
-    with new_file(Path(path)) as part:
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with new_file(path) as part:
         writer = gguf.GGUFWriter(part, ARCHITECTURES[config.model_type])
         try:
             writer.add_file_type(_file_type(gguf, kind))

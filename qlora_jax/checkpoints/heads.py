@@ -15,6 +15,7 @@ from jax.typing import DTypeLike
 from qlora_jax.checkpoints.names import Parameter, parameters
 from qlora_jax.checkpoints.tensors import Tensors
 from qlora_jax.errors import QloraError
+from qlora_jax.lora import LoraConfig
 from qlora_jax.models import family_of
 from qlora_jax.models.encoder_config import EncoderConfig
 from qlora_jax.quant import QuantizedArray
@@ -23,6 +24,13 @@ logger = logging.getLogger("qlora_jax.load")
 
 BODY = ("embeddings", "encoder")
 """What is no head."""
+
+
+def with_head_in_full(config: LoraConfig, params: Mapping[str, Any]) -> LoraConfig:
+    """An encoder's head, which may be new, is trained in full beside the adapters."""
+    head = [name for name in params if name not in BODY]
+    return dataclasses.replace(config, modules_to_save=(*config.modules_to_save, *head))
+
 
 _OLD = {"weight": "gamma", "bias": "beta"}
 """What TensorFlow calls the parameters of a LayerNorm."""

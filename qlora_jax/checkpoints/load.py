@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import DTypeLike
 
-from qlora_jax.checkpoints import bitsandbytes, quantized, tokenizer
+from qlora_jax.checkpoints import bitsandbytes, peft, quantized, tokenizer
 from qlora_jax.checkpoints.bitsandbytes import BitsandbytesFolder
 from qlora_jax.checkpoints.encoder import EncoderModel
 from qlora_jax.checkpoints.gguf import GGUFFile
@@ -232,6 +232,7 @@ def locate(source: str | Path) -> Path:
 def _read_config(folder: Path) -> tuple[Any, Mapping[str, Any] | None]:
     """The configuration, and how the weights are quantized already, if they are."""
     try:
+        _refuse_adapter(folder)
         about = read_json(folder / "config.json")
         already = entry(about, "quantization_config", Mapping)
         if already and (method := already.get("quant_method")) != bitsandbytes.METHOD:
@@ -247,6 +248,17 @@ def _read_config(folder: Path) -> tuple[Any, Mapping[str, Any] | None]:
         return _with_ends(config, folder), already
     except QloraError as error:
         raise QloraError(f"{folder}: {error}") from error
+
+
+def _refuse_adapter(folder: Path) -> None:
+    """Raises QloraError for the folder of an adapter, without the model that it belongs to."""
+    if (folder / "config.json").exists() or not (folder / peft.CONFIG).is_file():
+        return
+    base = read_json(folder / peft.CONFIG).get("base_model_name_or_path")
+    raise QloraError(
+        f"an adapter, not a model; load its base{f' {base}' if base else ''}, and give the adapter "
+        "beside it (--adapter, or peft.load)"
+    )
 
 
 def _with_ends(config: Any, folder: Path) -> Any:

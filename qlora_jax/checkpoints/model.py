@@ -5,8 +5,11 @@ import functools
 from typing import Any, ClassVar
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 from jax.typing import DTypeLike
 
+from qlora_jax.errors import QloraError
 from qlora_jax.lift import lift
 from qlora_jax.lora.array import all_dense
 from qlora_jax.models import Cache, DecoderConfig, apply_head, apply_hidden
@@ -123,8 +126,11 @@ class Model:
         Its load-balancing loss is added once for every labelled token, so that the mean is what
         transformers calls the loss; of several micro-batches each counts by its labelled tokens.
         Padding by attention_mask has no part in the balance.
+
+        Raises QloraError for a batch that lacks one of the first two, whose input_ids are not
+        integers [B, T], or that has position_ids.
         """
-        need_labels(batch)
+        _check(batch)
         ids, labels, segments = batch["input_ids"], batch["labels"], batch.get("segment_ids")
         mask = batch.get("attention_mask")
         if mask is not None:
@@ -184,6 +190,21 @@ class Model:
 
     def __repr__(self) -> str:
         return describe(self, str(self.config.num_hidden_layers))
+
+
+def _check(batch: Batch) -> None:
+    """Raises QloraError for a batch of which `Model.loss` would make something else than meant."""
+    need_labels(batch)
+    if batch.get("position_ids") is not None:
+        raise QloraError(
+            "a batch has position_ids, which the loss does not read; give segment_ids [B, T], "
+            "which number the documents of a row"
+        )
+    ids = batch["input_ids"]
+    if not isinstance(ids, jax.Array | np.ndarray):
+        raise QloraError(f"input_ids must be an array of integers [B, T], not {type(ids).__name__}")
+    if ids.ndim != 2 or not jnp.issubdtype(ids.dtype, jnp.integer):
+        raise QloraError(f"input_ids must be integers [B, T], not {ids.dtype} {ids.shape}")
 
 
 def describe(model: Any, layers: str) -> str:

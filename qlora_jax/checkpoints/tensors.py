@@ -66,7 +66,7 @@ class HuggingFaceNames(abc.ABC):
 
 
 class SafetensorsFolder(HuggingFaceNames):
-    """model.safetensors, or the shards that model.safetensors.index.json lists.
+    """model.safetensors, or else the shards that model.safetensors.index.json lists.
 
     Raises QloraError if there is neither, if the index names a file outside the folder, one that is
     not there, or a tensor that its file lacks.
@@ -137,13 +137,14 @@ class Files:
 
 
 def list_files(folder: Path, single: str, index: str) -> Files:
-    """The shards that `index` lists, or `single` alone; QloraError if there is neither."""
-    if (folder / index).is_file():
-        listed = _read_index(folder / index)
-        return Files(folder / index, sorted(set(listed.values())), listed)
-    if not (folder / single).is_file():
+    """`single` alone, or else the shards that `index` lists; QloraError if there is neither."""
+    # The order of transformers, which may leave the index of older shards beside a single file.
+    if (folder / single).is_file():
+        return Files(folder / index, [folder / single], {})
+    if not (folder / index).is_file():
         raise QloraError(f"{folder}: neither {single} nor {index} is there")
-    return Files(folder / index, [folder / single], {})
+    listed = _read_index(folder / index)
+    return Files(folder / index, sorted(set(listed.values())), listed)
 
 
 def _read_index(index: Path) -> dict[str, Path]:
@@ -168,6 +169,10 @@ def read_json(path: Path) -> dict[str, Any]:
         return parse_json(path.read_bytes())
     except FileNotFoundError as error:
         raise QloraError(f"{path} is not there") from error
+    except NotADirectoryError as error:
+        raise QloraError(f"{path} is not there, since {path.parent} is no folder") from error
+    except IsADirectoryError as error:
+        raise QloraError(f"{path} is a folder; expected a JSON file") from error
     except QloraError as error:
         raise QloraError(f"{path}: {error}") from error
 

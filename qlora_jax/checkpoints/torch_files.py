@@ -16,7 +16,7 @@ SINGLE = "pytorch_model.bin"
 
 
 class TorchFolder(HuggingFaceNames):
-    """pytorch_model.bin, or the shards that pytorch_model.bin.index.json lists.
+    """pytorch_model.bin, or else the shards that pytorch_model.bin.index.json lists.
 
     Read by torch, which must be installed, as weights only, so that nothing in the file is run.
     Files of PyTorch 1.6 and later stay on disk and are mapped into memory; older ones are read as a

@@ -12,6 +12,7 @@ from qlora_jax import lora
 from qlora_jax.checkpoints import peft
 from qlora_jax.checkpoints.bitsandbytes_export import save_bitsandbytes
 from qlora_jax.checkpoints.export import save_pretrained
+from qlora_jax.checkpoints.folder import check_new
 from qlora_jax.checkpoints.gguf_export import save_gguf
 from qlora_jax.checkpoints.load import is_four_bit, load, load_lazily, locate
 from qlora_jax.checkpoints.model import Model
@@ -33,7 +34,7 @@ class Convert:
     """A checkpoint folder (safetensors, .bin, 4 bits by bitsandbytes or by `quantize`), a .gguf
     file, or a model's name on the Hugging Face hub."""
     dest: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="DEST")]
-    """What to write: a folder, which must not exist or be empty; for gguf a file."""
+    """What to write: a folder, which must not exist or be empty; for gguf a new file."""
     to: Target
     """safetensors: dense, for transformers. bitsandbytes: 4 bits, for transformers. gguf: for
     llama.cpp."""
@@ -56,9 +57,8 @@ class Convert:
                 "--adapter cannot be added into 4 bits, which would round it away; convert to "
                 "safetensors, or keep the adapter beside the 4-bit model"
             )
+        self._check_dest()
         save = self._writer()
-        if self.to.startswith("gguf") and self.dest.is_dir():
-            raise QloraError(f"{self.dest}: a folder; --to {self.to} writes one file, name it")
         with counting() as begin:
             model = self._read(begin)
             params = model.params
@@ -67,6 +67,15 @@ class Convert:
                 model = with_labels(model, self.adapter)
             save(self.dest, model, params, on_tensor=begin("writing"))
         print(f"{self.source} as {self.to} in {self.dest}")
+
+    def _check_dest(self) -> None:
+        """Raises QloraError if `dest` is there, or, where a folder is written, not empty."""
+        if not self.to.startswith("gguf"):
+            check_new(self.dest)
+        elif self.dest.is_dir():
+            raise QloraError(f"{self.dest}: a folder; --to {self.to} writes one file, name it")
+        elif self.dest.exists():
+            raise QloraError(f"{self.dest}: already there; choose another name, or delete it first")
 
     def _writer(self) -> Callable[..., None]:
         if self.to == "safetensors":

@@ -126,15 +126,26 @@ class DataOptions:
         side."""
         if encoder_decoder:
             return max(self.source_max_length, self.target_max_length)
-        sources = [Source.parse(text) for text in self.data]
+        pairs = self.source_max_length + self.target_max_length
+        return max([pairs if kind else self.max_length for kind in self._pairs()])
+
+    def cut_to(self, tokens: int, encoder_decoder: bool) -> str:
+        """Options by which no row of the model is longer; see `longest`."""
+        source = target = tokens
+        if not encoder_decoder:
+            target = min(self.target_max_length, tokens // 2)
+            source = tokens - target
+        source, target = min(self.source_max_length, source), min(self.target_max_length, target)
+        pairs = {True} if encoder_decoder else self._pairs()
+        whole = f"--max-length {tokens}"
+        both = f"--source-max-length {source} --target-max-length {target}"
+        return " ".join([whole] * (False in pairs) + [both] * (True in pairs))
+
+    def _pairs(self) -> set[bool]:
+        """Of each source: whether its rows are a source and a target, each of its own length."""
         whole = {"auto", "classification"}
-        lengths = [
-            self.max_length
-            if (source.format or self.dataset_format) in whole
-            else self.source_max_length + self.target_max_length
-            for source in sources
-        ]
-        return max(lengths, default=self.max_length)
+        formats = [Source.parse(text).format or self.dataset_format for text in self.data]
+        return {kind not in whole for kind in formats} or {False}
 
     def labels(self, *sources: Sequence[Rows]) -> Labels | None:
         """What there is to predict, if the rows are to be classified. Raises as `Labels.of`."""

@@ -1,7 +1,9 @@
 """`qlora-jax plan`: what a training run takes of a device, before it is rented."""
 
 import dataclasses
+import functools
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -19,7 +21,7 @@ from qlora_jax.models.remat import RematPolicy
 from qlora_jax.plan import chart, devices, report
 from qlora_jax.plan.compiling import Compiler
 from qlora_jax.plan.planner import Plan as Result
-from qlora_jax.plan.planner import Planner
+from qlora_jax.plan.planner import Planner, with_memory_chosen
 from qlora_jax.plan.workload import Workload, context
 from qlora_jax.quant import NF4, QuantConfig
 from qlora_jax.training.settings import OptimizerName, TrainSettings
@@ -92,26 +94,46 @@ class Plan:
         """The plan, unprinted."""
         device = devices.find(self.device)
         workload = self.workload(device.count)
-        workload.config()  # what is wrong with it is said before a compiler is looked for
+        # What is wrong with it is said before a compiler is looked for.
+        workload.config()
+        workload.axes(device.count)
         if self.trials < 0:
             raise QloraError(f"--trials must not be negative, got {self.trials}")
+        if workload.training.memory == "auto":
+            workload = with_memory_chosen(workload, device)
+        question = functools.partial(Planner, workload, device, shorter=self._shorter(workload))
         if self.estimate:
-            return Planner(workload, device, None).plan(trials=self.trials)
+            return question(None).plan(trials=self.trials)
         with Compiler(device, self.compilers) as compiler:
-            return Planner(workload, device, compiler).plan(trials=self.trials)
+            return question(compiler).plan(trials=self.trials)
+
+    def _train(self) -> Train | None:
+        """The recipe."""
+        return self.recipe and parse(Train, ["--config", str(self.recipe)], "recipe")
+
+    def _shorter(self, workload: Workload) -> Callable[[int], str]:
+        """What one would give to `train` for shorter sequences."""
+        train = self._train() or Train(data=(), model="", output=Path())
+        encoder_decoder = isinstance(workload.config(), T5Config)
+        padded = train.training.sequence_length is not None
+
+        def options(tokens: int) -> str:
+            cut = train.cut_to(tokens, encoder_decoder)
+            return f"{cut} --training.sequence-length {tokens}" if padded else cut
+
+        return options
 
     def workload(self, count: int = 1) -> Workload:
         """What is to be planned: the recipe's, or usual settings, with the options put in. count:
         of devices."""
-        train = None
-        if self.recipe is None:
+        train = self._train()
+        if train is None:
             if self.model is None:
                 raise QloraError("which MODEL? Give a folder, a config.json or a name, or --recipe")
             model, lora = self.model, LoraConfig(rank=64, alpha=16)
             training = TrainSettings(batch_size=1, remat="full")
             time, form, dtype, mesh = None, NF4(), "bfloat16", None
         else:
-            train = parse(Train, ["--config", str(self.recipe)], "recipe")
             model, lora, training = self.model or train.model, train.lora, train.training
             time = training.sequence_length
             form = _form(train.quantization, train.block_size, train.double_quant)
@@ -144,7 +166,7 @@ class Plan:
             dtype="bfloat16" if dtype == "auto" else dtype,
             mesh=self.mesh or mesh,
         )
-        if self.recipe is None and self.batch is None:
+        if train is None and self.batch is None:
             return workload.with_training(batch_size=workload.rows(count))
         return workload
 

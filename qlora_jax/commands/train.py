@@ -9,10 +9,9 @@ from typing import Any
 import jax
 
 from qlora_jax.checkpoints import peft
-from qlora_jax.checkpoints.any_model import AnyModel
 from qlora_jax.checkpoints.encoder import EncoderModel
 from qlora_jax.checkpoints.export import save_pretrained
-from qlora_jax.checkpoints.heads import BODY
+from qlora_jax.checkpoints.heads import with_head_in_full
 from qlora_jax.checkpoints.model import Model
 from qlora_jax.checkpoints.quantized import save_quantized
 from qlora_jax.commands.classes import write_labels
@@ -79,7 +78,9 @@ class Train(DataOptions, DeviceOptions, ModelOptions):
         if held_out:
             evaluation = self.tokenize_all(held_out, None, model, labels, train.today)
             print(f"held out: {evaluation}")
-        config, adapters = _with_head(self.lora, model), None
+        encoder = isinstance(model, EncoderModel)
+        config = with_head_in_full(self.lora, model.params) if encoder else self.lora
+        adapters = None
         if self.adapter is not None:
             adapters, config = peft.load(self.adapter, model)
         elif taken_out:
@@ -151,11 +152,3 @@ def _named(model: Any, labels: Labels) -> tuple[Any, Labels]:
     print("labels:", ", ".join(f"{i} = {name}" for i, name in enumerate(names)))
     named = dataclasses.replace(model.config, labels=names)
     return dataclasses.replace(model, config=named), labels
-
-
-def _with_head(config: LoraConfig, model: AnyModel) -> LoraConfig:
-    """An encoder's head, which may be new, is trained in full beside the adapters."""
-    if not isinstance(model, EncoderModel):
-        return config
-    head = [name for name in model.params if name not in BODY]
-    return dataclasses.replace(config, modules_to_save=(*config.modules_to_save, *head))

@@ -27,6 +27,11 @@ FIELDS = (
 )
 EXPECTED = 'a "label" beside ' + ", ".join(" + ".join(fields) for fields in FIELDS)
 
+MOST_CLASSES = 10_000
+"""Whole numbers that would make more classes are taken for a mistake."""
+SURELY_CLASSES = 1_000
+"""So many there may be whatever the number of rows; beyond, no more than rows."""
+
 
 @dataclass(frozen=True)
 class LabelledText:
@@ -47,17 +52,30 @@ class Labels:
     def of(cls, examples: Sequence[LabelledText]) -> "Labels":
         """Whole numbers are classes from 0 on, texts the names of classes, other numbers numbers.
 
-        Raises QloraError for labels of different kinds, and for negative classes, which GLUE has
-        where the answer is a secret.
+        Raises QloraError for labels of different kinds, for negative classes, which GLUE has where
+        the answer is a secret, for a single name, and for whole numbers too large to be classes.
         """
         kinds = {type(example.label) for example in examples}
         if kinds == {str}:
-            return cls(tuple(sorted({str(example.label) for example in examples})))
+            names = sorted({str(example.label) for example in examples})
+            if len(names) < 2:
+                raise QloraError(
+                    f"{examples[0].where}: every row has the label {names[0]!r}, which leaves "
+                    "nothing to learn; give rows of at least two classes"
+                )
+            return cls(tuple(names))
         if kinds == {int}:
             for example in examples:
                 if int(example.label) < 0:
                     raise QloraError(f"{example.where}: the class {example.label} is negative")
-            count = 1 + max(int(example.label) for example in examples)
+            most = max(examples, key=lambda example: int(example.label))
+            count = 1 + int(most.label)
+            if count > MOST_CLASSES or count > max(len(examples), SURELY_CLASSES):
+                raise QloraError(
+                    f"{most.where}: the label {most.label} would make {count:,} classes of "
+                    f"{len(examples):,} rows, so the column does not look like classes; number "
+                    "these from 0 on, or write numbers to predict with a decimal point"
+                )
             return cls(tuple(f"LABEL_{i}" for i in range(max(count, 2))))
         if kinds <= {int, float}:
             return cls(None)

@@ -1,10 +1,13 @@
 """Rows from JSON lines files and from data sets of the Hugging Face Hub."""
 
 import json
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
 from qlora_jax.errors import QloraError, missing
+
+DATA_SUFFIXES = {".jsonl", ".json", ".csv", ".tsv", ".txt", ".parquet", ".gz", ".zst"}
 
 Row = tuple[str, object]
 """(where it is from, for errors; the row)."""
@@ -14,22 +17,36 @@ def read_rows(source: str | Path, split: str = "train") -> Iterator[Row]:
     """The rows of a JSON lines file, or of a data set of the Hub.
 
     The latter is "owner/name[:config][@split]"; `split` is the one of a name without any. Blank
-    lines are skipped. Raises QloraError for a path that is not there, for what is no JSON, with
-    file and line number, and for a source without rows.
+    lines are skipped. Raises QloraError for a path that is not there, for a file that begins with
+    an array, for what is no JSON, with file and line number, and for a source without rows.
     """
-    path = Path(source)
+    path = Path(os.path.expanduser(source))
     if path.is_file():
         return _json_lines(path)
     if path.is_dir():
         raise QloraError(f"{path}: a folder; expected a JSON lines file or a dataset's name")
-    if path.suffix in {".jsonl", ".json"} or path.is_absolute() or str(source).count("/") > 1:
+    if _is_a_path(str(source)):
         raise QloraError(f"{path}: no such file")
     return _hub_dataset(str(source), split)
+
+
+def _is_a_path(source: str) -> bool:
+    """Whether a source cannot be the name of a data set."""
+    return (
+        source.startswith((".", "~", "/"))
+        or source.count("/") > 1
+        or Path(source).suffix in DATA_SUFFIXES
+    )
 
 
 def _json_lines(path: Path) -> Iterator[Row]:
     with path.open(encoding="utf-8-sig") as file:  # some editors write a byte order mark
         try:
+            if file.read(64).lstrip().startswith("["):
+                raise QloraError(
+                    f"{path}: begins with a JSON array; write its elements, one object a line"
+                )
+            file.seek(0)
             for number, line in enumerate(file, start=1):
                 if not line.strip():
                     continue

@@ -215,7 +215,9 @@ def dot_general(eqn: JaxprEqn, lhs: Any, rhs: Any) -> jax.Array | None:
     free_sizes = [x.shape[int(label[1:])] for label in x_free]
     lead = [atom for atom in batch if atom in shared]
     order = [labels.index(label) for label in (*lead, *x_free, *inner)]
-    x = x.reshape(shape).transpose(order).reshape(*sizes(lead), *free_sizes, -1)
+    # Sizes that are spelled out, since reshape cannot infer one of an empty array.
+    seen = (*sizes(lead), *free_sizes, math.prod(sizes(inner)))
+    x = x.reshape(shape).transpose(order).reshape(seen)
 
     result: Any = eqn.outvars[0].aval
     precision = eqn.params["precision"]

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from qlora_jax.errors import QloraError
 from qlora_jax.lora import dora, vera
 from qlora_jax.lora.array import AdaptedArray, LoraWeights, is_weight, trained_fields
-from qlora_jax.lora.config import LoraConfig
+from qlora_jax.lora.config import LoraConfig, check_dropout
 from qlora_jax.lora.targets import check_patterns, module_name, select_full, select_targets
 from qlora_jax.lora.tree import is_abstract, key_for, like, named_leaves, split_shape
 from qlora_jax.lora.vera import PROJECTIONS, VeraConfig, VeraProjections, VeraWeights
@@ -112,8 +112,10 @@ def attach(
 
     Nothing is copied. dropout: for training; with it `key` must be given, and should be a new one
     for every step: each weight, and each of stacked weights, then draws its own masks from it.
-    Raises QloraError for a path that `params` lacks and for shapes that do not fit, listing all.
+    Raises QloraError for a dropout outside [0, 1), and for a path that `params` lacks and shapes
+    that do not fit, listing all.
     """
+    check_dropout(dropout)
     if dropout and key is None:
         raise QloraError("dropout needs a key")
     leaves = named_leaves(params)

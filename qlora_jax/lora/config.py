@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import numbers
 import re
 from collections.abc import Iterable, Mapping
 from typing import Any, TypeVar
@@ -15,8 +16,9 @@ Value = TypeVar("Value", int, float)
 class LoraConfig:
     """Low-rank adapters (LoRA, arXiv:2106.09685): W x becomes W x + scaling * B A x.
 
-    Raises QloraError for a rank below 1, an alpha that is not positive, a dropout outside [0, 1),
-    an `init` that there is not, and what is no regular expression where one may stand.
+    Raises QloraError for a rank that is no integer of at least 1, an alpha that is not positive, a
+    dropout outside [0, 1), an `init` that there is not, and what is no regular expression where one
+    may stand.
     """
 
     rank: int = 16
@@ -51,13 +53,11 @@ class LoraConfig:
 
     def __post_init__(self) -> None:
         for where, rank in {"rank": self.rank, **self.rank_pattern}.items():
-            if rank < 1:
-                raise QloraError(f"the rank of an adapter must be at least 1, got {where} = {rank}")
+            check_rank(where, rank)
         for where, alpha in {"alpha": self.alpha, **self.alpha_pattern}.items():
             if not 0 < alpha < math.inf:
                 raise QloraError(f"alpha must be positive and finite, got {where} = {alpha}")
-        if not 0.0 <= self.dropout < 1.0:
-            raise QloraError(f"dropout must be in [0, 1), got {self.dropout}")
+        check_dropout(self.dropout)
         if not re.fullmatch(r"default|gaussian|pissa(_niter_[1-9]\d*)?|loftq", self.init):
             raise QloraError(
                 f"init must be default, gaussian, pissa, pissa_niter_N or loftq, got {self.init!r}"
@@ -83,11 +83,28 @@ class LoraConfig:
         return alpha / (math.sqrt(rank) if self.rslora else rank)
 
 
+def check_rank(where: str, rank: Any) -> None:
+    """Raises QloraError for a rank that no matrix can have; where: the name of the setting."""
+    if not isinstance(rank, numbers.Integral):
+        raise QloraError(f"the rank of an adapter must be an integer, got {where} = {rank!r}")
+    if rank < 1:
+        raise QloraError(f"the rank of an adapter must be at least 1, got {where} = {rank}")
+
+
+def check_dropout(dropout: Any) -> None:
+    """Raises QloraError for a probability of dropping that is not in [0, 1)."""
+    if not 0.0 <= dropout < 1.0:
+        raise QloraError(f"dropout must be in [0, 1), got {dropout}")
+
+
 def check_modules(config: Any) -> None:
-    """Lists of modules in `config` become tuples. Raises QloraError for a bad pattern."""
+    """Lists of modules in `config` become tuples, one to save too. Raises QloraError for a bad
+    pattern."""
     if not isinstance(config.targets, str):
         object.__setattr__(config, "targets", tuple(config.targets))
-    object.__setattr__(config, "modules_to_save", tuple(config.modules_to_save))
+    full = config.modules_to_save
+    full = (full,) if isinstance(full, str) else tuple(full)
+    object.__setattr__(config, "modules_to_save", full)
     check_expressions("targets", [config.targets] if isinstance(config.targets, str) else [])
 
 

@@ -36,8 +36,9 @@ def merge(params: Any, adapters: Adapters, dtype: Any = None) -> Any:
 def unmerge(params: Any, adapters: Adapters) -> Any:
     """The inverse of `merge` on dense weights, up to the rounding of their dtype.
 
-    Raises QloraError for quantized weights, for weights trained in full, and for a DoRA adapter
-    with columns larger than the weight's own: those do not say what they were.
+    Raises QloraError for adapters that do not fit, for quantized weights, for weights trained in
+    full, and for a DoRA adapter with columns larger than the weight's own: those do not say what
+    they were.
     """
     for path, leaf in named_leaves(params).items():
         if path in adapters and isinstance(leaf, QuantizedArray):
@@ -52,6 +53,8 @@ def unmerge(params: Any, adapters: Adapters) -> Any:
             negated[path] = adapter
         elif not isinstance(adapter, LoraWeights):
             raise QloraError(f"{path} was trained in full: what it was before is not known")
+    # For its errors: adapters under DoRA are not in `negated`, so that merge would not see them.
+    attach(params, adapters)
 
     def one(path: Any, leaf: Any) -> Any:
         adapter = adapters.get(path_str(path))

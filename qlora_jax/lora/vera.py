@@ -16,7 +16,7 @@ import numpy as np
 
 from qlora_jax.errors import QloraError
 from qlora_jax.lora.array import AdaptedArray, dense_base
-from qlora_jax.lora.config import check_modules
+from qlora_jax.lora.config import check_dropout, check_modules, check_rank
 from qlora_jax.quant import QuantizedArray
 
 PROJECTIONS = "vera_projections"
@@ -28,8 +28,8 @@ class VeraConfig:
     """Vector-based random matrix adaptation (arXiv:2310.11454): W x becomes W x + b * (B (d * A x))
     with A and B random, frozen and shared, and the vectors d and b trained.
 
-    Raises QloraError for a rank below 1, a dropout outside [0, 1), a d_initial that is not finite,
-    and a pattern that is no regular expression.
+    Raises QloraError for a rank that is no integer of at least 1, a dropout outside [0, 1), a
+    d_initial that is not finite, and a pattern that is no regular expression.
     """
 
     rank: int = 256
@@ -48,12 +48,10 @@ class VeraConfig:
     """Whether files of the adapter hold A and B; they can be drawn again."""
 
     def __post_init__(self) -> None:
-        if self.rank < 1:
-            raise QloraError(f"the rank of an adapter must be at least 1, got rank = {self.rank}")
+        check_rank("rank", self.rank)
         if not math.isfinite(self.d_initial):
             raise QloraError(f"d_initial must be finite, got {self.d_initial}")
-        if not 0.0 <= self.dropout < 1.0:
-            raise QloraError(f"dropout must be in [0, 1), got {self.dropout}")
+        check_dropout(self.dropout)
         if not 0 <= self.projection_prng_key < 2**64:
             raise QloraError(
                 f"projection_prng_key must be in [0, 2^64), got {self.projection_prng_key}"

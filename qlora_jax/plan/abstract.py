@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from jax.sharding import Sharding
 
 from qlora_jax import lora
+from qlora_jax.checkpoints.heads import with_head_in_full
 from qlora_jax.checkpoints.load import assemble
 from qlora_jax.errors import QloraError
 from qlora_jax.models import T5Config, abstract_params
@@ -106,13 +107,15 @@ def train_step(
     quantization: QuantConfig | None,
     dtype: Any,
 ) -> AbstractStep:
-    """The step that `fit` would run of a model of that configuration; see `Workload`."""
+    """The step that `train` would run of a model of that configuration; see `Workload`."""
     params = abstract_params(config, dtype)
     if quantization is not None:
         params = quantize_tree(params, quantization)
     model = assemble(config, params, None, "plan", dtype)
     # What adapters start from makes no difference to their shapes; some of it needs the weights.
     adapters = dataclasses.replace(adapters, init="default")
+    if isinstance(config, EncoderConfig):
+        adapters = with_head_in_full(adapters, params)
     optimizer = training.make_optimizer(_STEPS)
 
     def start(key: jax.Array) -> TrainState:

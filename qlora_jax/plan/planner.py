@@ -15,6 +15,7 @@ from qlora_jax.plan.compiling import Compiled, Compiler
 from qlora_jax.plan.devices import GPUS, Device
 from qlora_jax.plan.search import Largest, largest
 from qlora_jax.plan.workload import Workload, context
+from qlora_jax.training import auto
 from qlora_jax.training.estimate import DECODED
 from qlora_jax.training.footprint import Footprint
 
@@ -69,23 +70,51 @@ class Plan:
 def by_formula(workload: Workload, device: Device, implementation: str | None = None) -> Footprint:
     """The footprint by formula; nothing is compiled. implementation: of 4-bit products, by default
     the device's own."""
-    implementation = implementation or ("pallas_tpu" if device.compiler == "tpu" else "xla")
-    where: Any = SingleDeviceSharding(jax.local_devices(backend="cpu")[0])
-    if device.count > 1:
-        # Shapes alone are asked for: no device needs to be there.
-        axes = workload.axes(device.count)
-        mesh: Any = AbstractMesh(tuple(axes.values()), tuple(axes))
-        where = Layout.of(mesh, workload.config())
+    where: Any = _layout(workload, device)
     return abstract.of_workload(workload).estimate(
-        where, decoded=DECODED[implementation], kernels=device.attention
+        where or SingleDeviceSharding(jax.local_devices(backend="cpu")[0]),
+        decoded=DECODED[implementation or _usual(device)],
+        kernels=device.attention,
     )
 
 
-class Planner:
-    """Answers about one workload on one device. compiler: None: by formula only."""
+def with_memory_chosen(workload: Workload, device: Device) -> Workload:
+    """The workload with what `memory="auto"` sets on a device that JAX may use the whole of."""
+    step = abstract.of_workload(workload)
+    training, _ = auto.choose(
+        step.model, workload.training, step.state, step.batch, int(auto.SHARE * device.room),
+        _layout(workload, device), decoded=DECODED[_usual(device)], kernels=device.attention,
+    )  # fmt: skip
+    return dataclasses.replace(workload, training=training)
 
-    def __init__(self, workload: Workload, device: Device, compiler: Compiler | None) -> None:
+
+def _usual(device: Device) -> str:
+    """The code of 4-bit products to count with before a compiler has said."""
+    return "pallas_tpu" if device.compiler == "tpu" else "xla"
+
+
+def _layout(workload: Workload, device: Device) -> Layout | None:
+    """Over the mesh of several devices, none of which needs to be there: it is of shapes alone."""
+    if device.count == 1:
+        return None
+    axes = workload.axes(device.count)
+    mesh: Any = AbstractMesh(tuple(axes.values()), tuple(axes))
+    return Layout.of(mesh, workload.config())
+
+
+class Planner:
+    """Answers about one workload on one device. compiler: None: by formula only. shorter: what one
+    would give to `train` for sequences of so many tokens."""
+
+    def __init__(
+        self,
+        workload: Workload,
+        device: Device,
+        compiler: Compiler | None,
+        shorter: Callable[[int], str] = "--max-length {}".format,
+    ) -> None:
         self._workload, self._device, self._compiler = workload, device, compiler
+        self._shorter = shorter
         self._implementation: str | None = None
         self._estimates: dict[str, Footprint] = {}
         self._offset = 0
@@ -208,7 +237,7 @@ class Planner:
                 found.append(Suggestion("smaller micro-batches, accumulated", options, total, room))
         if sequence is not None and 0 < sequence.fits < workload.time:
             total = self._corrected(workload.with_time(sequence.fits))
-            options = f"--max-length {sequence.fits}"
+            options = self._shorter(sequence.fits)
             found.append(Suggestion("shorter sequences", options, total, room))
         return found + self._larger_device()
 

@@ -17,7 +17,9 @@ from qlora_jax.training.settings import TrainSettings
 
 def context(config: Any) -> int | None:
     """The most tokens that a sequence may have; None: no limit."""
-    return getattr(config, "max_position_embeddings", None)
+    limit = getattr(config, "max_position_embeddings", None)
+    # RoBERTa's table of positions begins with some that no token has.
+    return None if limit is None else limit - getattr(config, "first_position", 0)
 
 
 @dataclasses.dataclass(frozen=True)

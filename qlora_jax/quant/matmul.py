@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from qlora_jax.errors import QloraError
 from qlora_jax.quant.array import QuantizedArray
 from qlora_jax.quant.config import levels
 from qlora_jax.quant.implementations import Implementation, product
@@ -55,11 +56,18 @@ class _How(NamedTuple):
 def _apply(call: Any, x: jax.Array, w: QuantizedArray, how: _How, width: int) -> jax.Array:
     if w.batch_shape:
         raise ValueError(f"expected one weight, got {w.batch_shape} stacked; use jax.vmap")
+    if not jnp.issubdtype(x.dtype, jnp.floating):
+        raise QloraError(
+            f"x [..., {width}] of {x.dtype} times a 4-bit weight would be rounded to that: "
+            "give x in a floating type, as x.astype(jnp.float32)"
+        )
     if x.shape[-1] != width:
         raise ValueError(f"x [..., {x.shape[-1]}] does not fit {w}: its last axis must be {width}")
     x, w = vary_alike((x, w))
-    out = call(x.reshape(-1, width), w, how)
-    return out.reshape(*x.shape[:-1], -1)
+    *lead, _ = x.shape
+    # Sizes that are spelled out, since reshape cannot infer one of an empty array.
+    out = call(x.reshape(math.prod(lead), width), w, how)
+    return out.reshape(*lead, out.shape[-1])
 
 
 def _forward(x: jax.Array, w: QuantizedArray, how: _How) -> jax.Array:

@@ -18,10 +18,11 @@ OUTPUT_HEAD = r"(.*/)?(lm_head|embed_out|output_head|score|pooler|classifier)/.*
 """Paths of output heads, with what pools for them: small next to the rest, most hurt by rounding,
 and often new, so that they are to be trained in full."""
 
-CONVOLUTION = r"(.*/)?conv/kernel"
-"""Paths of a convolution's kernel, whose blocks would run over its window."""
+CONVOLUTION = r"(.*/)?(\w+_)?[Cc]onvs?([A-Z0-9_]\w*)?(/\d+)?/kernel"
+"""Paths of a convolution's kernel, whose blocks would run over its window: conv, Conv_0, conv1,
+ConvTranspose_0, conv_stem, stem_conv, convs/0, but no word that only begins so (converter)."""
 
-ROUTER = r"(.*/)?router/.*"
+ROUTER = r"(.*/)?[Rr]outer(_?\d+)?/.*"
 """Paths of the routers of mixtures of experts: tiny, and rounding one sends tokens elsewhere."""
 
 

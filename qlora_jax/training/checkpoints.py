@@ -21,6 +21,8 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec, SingleDeviceSharding
 
 from qlora_jax.checkpoints import peft
 from qlora_jax.checkpoints.folder import new_file
@@ -51,7 +53,9 @@ class Checkpoint:
 
 def check_output(output: Path, resume: bool) -> None:
     """Raises QloraError if `output` has an adapter or a checkpoint, which a new run would mix with
-    its own; to resume, if it has an adapter and nothing to go on from."""
+    its own; to resume, if it has an adapter and nothing to go on from; and if it is a file."""
+    if output.exists() and not output.is_dir():
+        raise QloraError(f"{output}: a file; the output of a run is a folder, choose another name")
     adapter = (output / peft.WEIGHTS).exists()
     saved = _newest(output)
     if resume and adapter and saved is None:
@@ -131,7 +135,8 @@ class RunCheckpoints:
             ) from error
         empty = (jnp.zeros(leaf.shape, leaf.dtype) for _, leaf in flat if not leaf.size)
         return treedef.unflatten(
-            found[_name(path)] if leaf.size else next(empty) for path, leaf in flat
+            jax.device_put(found[_name(path)], leaf.sharding) if leaf.size else next(empty)
+            for path, leaf in flat
         )
 
     def save(
@@ -302,7 +307,13 @@ def _name(path: Any) -> str:
 
 
 def _abstract(leaf: Any) -> jax.ShapeDtypeStruct:
-    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding)
+    """What Orbax is to restore. To one device by way of a mesh: with its SingleDeviceSharding in
+    host memory, Orbax makes an array that a traced function takes for one in the device's."""
+    sharding = leaf.sharding
+    if isinstance(sharding, SingleDeviceSharding):
+        mesh = Mesh(np.array(list(sharding.device_set)), ("one",))
+        sharding = NamedSharding(mesh, PartitionSpec(), memory_kind=sharding.memory_kind)
+    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
 
 
 def _sizes(folder: Path) -> dict[str, int]:

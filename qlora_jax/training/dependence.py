@@ -56,6 +56,16 @@ def dependences(jaxpr: core.Jaxpr, inputs: Sequence[Dependence]) -> list[Depende
     return [read(atom) for atom in jaxpr.outvars]
 
 
+def draws_numbers(jaxpr: core.Jaxpr) -> bool:
+    """Whether a function makes random numbers, itself or in what it calls."""
+    return any(eqn.primitive.name.startswith(_RANDOM) for eqn in jaxpr.eqns) or any(
+        draws_numbers(inner) for inner in core.subjaxprs(jaxpr)
+    )
+
+
+_RANDOM = ("random_bits", "random_split", "random_fold_in", "threefry", "rng_")
+
+
 def _is_number(atom: Any) -> bool:
     return not atom.aval.shape
 

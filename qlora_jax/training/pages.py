@@ -9,7 +9,7 @@ import optax
 
 from qlora_jax.errors import QloraError
 from qlora_jax.quant import path_str
-from qlora_jax.training.dependence import Dependence, Rows, dependences
+from qlora_jax.training.dependence import Dependence, Rows, dependences, draws_numbers
 
 
 class Whole(NamedTuple):
@@ -82,6 +82,12 @@ def _parameters(optimizer: optax.GradientTransformation, params: Any) -> list[_P
     init, state = jax.make_jaxpr(optimizer.init, return_shape=True)(whole)
     step = jax.make_jaxpr(optimizer.update)(whole, state, whole)
 
+    if draws_numbers(step.jaxpr):
+        raise QloraError(
+            "paged updates a few parameters at a time, and this optimizer would draw the same "
+            "random numbers for each of them. Put what draws them outside: "
+            "optax.chain(optax.add_noise(0.1, 0.5, seed), paged(optax.sgd(0.1, 0.9)))"
+        )
     starts = [_input(number, leaf, leaf) for number, leaf in enumerate(leaves)]
     unowned = [Dependence() for _ in jax.tree.leaves(state)]
     new = dependences(step.jaxpr, [*starts, *unowned, *starts])

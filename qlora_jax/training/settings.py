@@ -109,6 +109,8 @@ class TrainSettings:
                 raise QloraError(f"{name} must be positive, got {value}")
         if self.seed < 0:
             raise QloraError(f"seed must not be negative, got {self.seed}")
+        if self.seed >= 2**63:  # jax.random.key takes no more
+            raise QloraError(f"seed must be at most 2**63 - 1, got {self.seed}")
         for name in ("beta1", "beta2"):
             if not 0 <= getattr(self, name) < 1:
                 raise QloraError(f"{name} must be in [0, 1), got {getattr(self, name)}")

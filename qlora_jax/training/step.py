@@ -10,6 +10,7 @@ import optax
 
 from qlora_jax import lora
 from qlora_jax.errors import QloraError
+from qlora_jax.lora.config import check_dropout
 from qlora_jax.training.masks import combine, partition
 from qlora_jax.training.paged import is_paged, settled
 
@@ -85,7 +86,7 @@ def make_train_step(
                    keeps state in host memory takes `finite`, below, as an extra argument
     max_grad_norm  clip gradients to this global norm (None: do not)
     accumulate     batch leaves are [accumulate, B, ...]; gradients are summed over the first axis
-    dropout        probability of dropping inputs of the adapters' A
+    dropout        probability of dropping inputs of the adapters' A; QloraError outside [0, 1)
     state_shardings  a sharding for every leaf of the state, which it keeps from step to step; None:
                    the compiler's choice
     compiler_options  as in jax.jit; None: GPU_OPTIONS where JAX's platform is a GPU. JAX takes
@@ -98,6 +99,8 @@ def make_train_step(
     Where the loss or the gradient is not finite (`finite` is False), skipped is 1 and nothing
     changes but `step`: adapters, optimizer and its schedule are as if this batch had not been.
     """
+    # Here as well as in `attach`, which sees it at the first batch only.
+    check_dropout(dropout)
 
     def gradients(
         adapters: lora.Adapters, params: Any, batch: Batch, key: jax.Array

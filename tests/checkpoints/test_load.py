@@ -14,7 +14,9 @@ from safetensors.numpy import load_file, save_file
 
 import qlora_jax as qj
 from qlora_jax.checkpoints import export, hub, shards
+from qlora_jax.checkpoints.folder import new_folder
 from qlora_jax.checkpoints.quantized import save_quantized
+from qlora_jax.checkpoints.tensors import list_files, read_json
 from qlora_jax.lora.adapters import named_leaves
 from tests import tiny
 
@@ -80,6 +82,29 @@ def test_quantizing_while_loading_is_quantizing_afterwards(folder):
 def test_shards_are_read_like_one_file(folder, copy):
     split(copy)
     assert same(qj.load(copy).params, qj.load(folder).params)
+
+
+def test_a_link_to_an_empty_folder_is_written_to(tmp_path):
+    (tmp_path / "real").mkdir()
+    (tmp_path / "link").symlink_to("real")
+    with new_folder(tmp_path / "link") as part:
+        (part / "x").touch()
+    assert (tmp_path / "link").is_symlink() and (tmp_path / "real" / "x").exists()
+
+
+@pytest.mark.parametrize(
+    "names",
+    [
+        ("model.safetensors", "model.safetensors.index.json"),
+        ("pytorch_model.bin", "pytorch_model.bin.index.json"),
+    ],
+)
+def test_a_single_file_comes_before_an_index(names, tmp_path):
+    """As in transformers: the index is of shards that were there before."""
+    for name in names:
+        (tmp_path / name).write_text("{}")
+    files = list_files(tmp_path, *names)
+    assert files.present == [tmp_path / names[0]] and not files.listed
 
 
 def test_bfloat16_files_keep_their_bits(folder, copy):
@@ -265,6 +290,21 @@ def test_sources_that_are_not_there(tmp_path):
     (tmp_path / "weights.bin").write_bytes(b"")
     with pytest.raises(qj.QloraError, match="give the folder"):
         qj.load(tmp_path / "weights.bin")
+
+
+def test_the_folder_of_an_adapter_is_no_model(tmp_path):
+    about = {"base_model_name_or_path": "owner/base"}
+    (tmp_path / "adapter_config.json").write_text(json.dumps(about))
+    with pytest.raises(qj.QloraError, match="an adapter, not a model; load its base owner/base,"):
+        qj.load(tmp_path)
+
+
+def test_json_files_that_are_none(tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(qj.QloraError, match="file is no folder"):
+        read_json(tmp_path / "file" / "config.json")
+    with pytest.raises(qj.QloraError, match="is a folder; expected a JSON file"):
+        read_json(tmp_path)
 
 
 def test_what_torch_wrote_needs_torch(copy, monkeypatch):

@@ -63,6 +63,15 @@ def test_what_is_saved_is_loaded(config, model, tmp_path):
     assert jax.tree.structure(fresh) == jax.tree.structure(adapters)
 
 
+def test_folders_in_the_home_folder(model, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    config = qj.LoraConfig(rank=4, targets=("k_proj",))
+    qj.peft.save("~/a", trained(model, config), model, config)
+    assert [path.name for path in tmp_path.iterdir()] == ["a"]
+    qj.peft.load("~/a", model)
+
+
 def test_names_and_shapes_are_pefts(model, tmp_path):
     config = qj.LoraConfig(rank=4, alpha=8, targets=("k_proj",))
     qj.peft.save(tmp_path, trained(model, config), model, config)

@@ -106,6 +106,31 @@ def test_a_dataset_that_the_hub_does_not_give(error, monkeypatch):
         read_examples("owner/name")
 
 
+@pytest.mark.parametrize(
+    "source",
+    ["data/train.csv", "./x", "../x", "~/x.parquet", "~/x", "/x", "x.txt", "a/b.jsonl.gz", "a/b/c"],
+)
+def test_a_missing_file_is_not_looked_up_on_the_hub(source, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setattr("qlora_jax.data.reading._hub_dataset", None)
+    with pytest.raises(qj.QloraError, match="no such file"):
+        read_examples(source)
+
+
+def test_a_file_in_the_home_folder(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "rows.jsonl").write_text('{"prompt": "p", "completion": "c"}\n')
+    assert len(read_examples("~/rows.jsonl")) == 1
+
+
+@pytest.mark.parametrize("text", ['[{"prompt": "p"}]', '\n[\n  {"prompt": "p"}\n]'])
+def test_an_array_is_not_one_object_a_line(text, tmp_path):
+    (tmp_path / "rows.json").write_text(text)
+    with pytest.raises(qj.QloraError, match="rows.json: begins with a JSON array; write its"):
+        read_examples(tmp_path / "rows.json")
+
+
 def test_files_that_hold_nothing(tmp_path):
     (tmp_path / "empty.jsonl").write_text("\n")
     with pytest.raises(qj.QloraError, match="no examples"):

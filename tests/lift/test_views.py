@@ -113,6 +113,23 @@ def test_single_row_or_column(shape: tuple[int, int]) -> None:
     )
 
 
+@pytest.mark.parametrize("base", BASES)
+@pytest.mark.parametrize("lead", ((0,), (2, 0)), ids=str)
+def test_products_of_nothing_are_empty(lead: tuple[int, ...], base: str) -> None:
+    frozen, adapters = prepare(W, MATRIX, base)
+    there = lambda p, x: x @ p["w"]  # noqa: E731
+    back = lambda p, g: g @ p["w"].T  # noqa: E731
+    for fn, inner, outer in ((there, 96, 40), (back, 40, 96)):
+
+        def total(a: Any, x: jax.Array, fn: Any = fn) -> tuple[jax.Array, jax.Array]:
+            y = lift(fn, strict=True)(lora.attach(frozen, a), x)
+            return y.sum(), y
+
+        gradient, y = jax.grad(total, (0, 1), has_aux=True)(adapters, jnp.ones((*lead, inner)))
+        assert y.shape == (*lead, outer) and gradient[1].shape == (*lead, inner)
+        assert not any(leaf.any() for leaf in jax.tree.leaves(gradient[0]))
+
+
 HEADS = {"w": kernel(0, 96, 4, 10)}
 STACK = {"w": kernel(0, 3, 96, 40)}
 

@@ -96,6 +96,12 @@ def test_attaching_lists_all_that_does_not_fit():
         qj.lora.attach(tree(), weights(), dropout=0.1)
 
 
+@pytest.mark.parametrize("dropout", [-0.1, 1.0, float("nan")])
+def test_attaching_with_an_impossible_dropout_is_refused(dropout):
+    with pytest.raises(qj.QloraError, match=r"dropout must be in \[0, 1\)"):
+        qj.lora.attach(tree(), weights(), dropout=dropout, key=jax.random.key(0))
+
+
 @pytest.mark.parametrize("scaling", [2.0, (2.0, 0.0, -1.0)], ids=["one", "by layer"])
 @pytest.mark.parametrize("quantized", [False, True], ids=["dense", "nf4"])
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16], ids=["f32", "bf16"])

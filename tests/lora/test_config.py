@@ -1,11 +1,12 @@
 """LoraConfig: ranks, scalings and what it refuses."""
 
 import math
+from typing import Any
 
 import pytest
 
 from qlora_jax.errors import QloraError
-from qlora_jax.lora import LoraConfig
+from qlora_jax.lora import LoraConfig, VeraConfig
 
 Q = "layers.0.self_attn.q_proj"
 
@@ -74,6 +75,13 @@ def test_rank_below_one_is_refused(rank: int) -> None:
         LoraConfig(rank_pattern={"q_proj": rank})
 
 
+def test_rank_that_is_no_integer_is_refused() -> None:
+    with pytest.raises(QloraError, match=r"must be an integer, got rank = 2\.0"):
+        LoraConfig(rank=2.0)  # type: ignore[arg-type]
+    with pytest.raises(QloraError, match=r"must be an integer, got q_proj = 2\.0"):
+        LoraConfig(rank_pattern={"q_proj": 2.0})  # type: ignore[dict-item]
+
+
 @pytest.mark.parametrize("dropout", (-0.1, 1.0, 1.5))
 def test_dropout_outside_its_range_is_refused(dropout: float) -> None:
     with pytest.raises(QloraError, match="dropout"):
@@ -103,6 +111,11 @@ def test_lists_become_tuples() -> None:
     config = LoraConfig(targets=["q_proj"], modules_to_save=["lm_head"])  # type: ignore[arg-type]
     assert config.targets == ("q_proj",)
     assert config.modules_to_save == ("lm_head",)
+
+
+@pytest.mark.parametrize("config", (LoraConfig, VeraConfig))
+def test_one_module_to_save_need_not_be_in_a_list(config: Any) -> None:
+    assert config(modules_to_save="lm_head").modules_to_save == ("lm_head",)
 
 
 @pytest.mark.parametrize("init", ("default", "gaussian", "pissa", "pissa_niter_16", "loftq"))

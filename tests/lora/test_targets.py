@@ -67,6 +67,11 @@ def test_all_linear_leaves_out_heads_by_any_name(head: str) -> None:
     assert chosen("all-linear", shapes) == {"model/dense/kernel"}
 
 
+@pytest.mark.parametrize("module", ("Conv_0", "conv_stem", "router_0"))
+def test_all_linear_leaves_out_convolutions_and_routers(module: str) -> None:
+    assert chosen("all-linear", SHAPES | {f"{module}/kernel": (3, 64, 64)}) == set(LINEAR)
+
+
 def test_all_linear_without_linear_kernels_is_an_error() -> None:
     with pytest.raises(QloraError, match="all-linear.*embed_tokens"):
         chosen("all-linear", {"embed_tokens/embedding": (80, 64)})

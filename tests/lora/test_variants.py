@@ -71,6 +71,16 @@ def test_what_a_merged_weight_does_not_say_is_not_guessed():
         qj.lora.unmerge(qj.lora.merge(tree(), adapters), adapters)
 
 
+@pytest.mark.parametrize("config", [DORA, VERA], ids=["dora", "vera"])
+def test_unmerging_adapters_of_other_weights_is_refused(config):
+    adapters = qj.lora.init(jax.random.key(0), tree(), config)
+    with pytest.raises(qj.QloraError, match=f"{KERNEL}: no such parameter"):
+        qj.lora.unmerge({"head": tree()["head"]}, adapters)
+    turned = {"up": {"kernel": jnp.swapaxes(tree()["layers"]["up"]["kernel"], 1, 2)}}
+    with pytest.raises(qj.QloraError, match=f"do not fit the parameters:\n  {KERNEL}: "):
+        qj.lora.unmerge(tree() | {"layers": turned}, adapters)
+
+
 def test_only_what_is_trained_is_counted_and_has_optimizer_state():
     params = tree(quantized=True)
     adapters = qj.lora.init(jax.random.key(0), params, DORA)
@@ -138,6 +148,7 @@ def test_vera_refuses_what_it_cannot_adapt():
     ("settings", "message"),
     [
         ({"rank": 0}, "rank = 0"),
+        ({"rank": 2.0}, "must be an integer, got rank = 2.0"),
         ({"d_initial": float("nan")}, "d_initial must be finite"),
         ({"dropout": 1.0}, "dropout must be in"),
         ({"projection_prng_key": -1}, "projection_prng_key must be in"),

@@ -202,3 +202,23 @@ def test_the_head_multiplies_its_gradient_in_16_bits(kind):
     factors = re.findall(r"dot_general .* : \(tensor<(\S+)>, tensor<(\S+)>\) -> ", text)
     of_head = [pair for pair in factors if any("41" in x.split("x") for x in pair)]
     assert len(of_head) >= 3 and all(x.endswith("bf16") for pair in of_head for x in pair), of_head
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"position_ids": jnp.arange(8)[None]}, "does not read; give segment_ids"),
+        ({"input_ids": jnp.arange(8)}, r"integers \[B, T\], not int32 \(8,\)"),
+        ({"input_ids": jnp.ones((1, 8), jnp.float32)}, r"not float32 \(1, 8\)"),
+        ({"input_ids": [[1, 2]]}, "not list"),
+    ],
+)
+def test_batches_that_a_decoder_cannot_read(changes, message):
+    make, hf = MODELS["decoder with a head of its own"]
+    model = make(read_config(hf), {}, None, "", jnp.float32)
+    ids = jnp.arange(8, dtype=jnp.int32)[None]
+    with pytest.raises(QloraError, match=message):
+        model.loss({}, {"input_ids": ids, "labels": ids} | changes)
+    if isinstance(changes.get("input_ids", ids), jax.Array):
+        with pytest.raises(QloraError, match=message):
+            jax.eval_shape(model.loss, {}, {"input_ids": ids, "labels": ids} | changes)

@@ -230,3 +230,49 @@ def test_smaller_micro_batches_are_the_same_step():
     assert [s.options for s in found.suggestions if "accumulate" in s.options] == [
         "--training.batch-size 20 --training.accumulate 9"
     ]
+
+
+def test_a_roberta_has_fewer_positions_than_its_table(tmp_path, capsys):
+    about = {"model_type": "roberta", "vocab_size": 64, "hidden_size": 64, "intermediate_size": 128}
+    about |= {"num_hidden_layers": 2, "num_attention_heads": 4, "max_position_embeddings": 130}
+    (tmp_path / "config.json").write_text(json.dumps(about))
+    options = ["--device", "h100", "--estimate", "--json", "--sequence", "64", "--rank", "4"]
+    main(["plan", str(tmp_path), *options])
+    found = json.loads(capsys.readouterr().out)
+    assert found["largest_sequence"]["fits"] == 128
+    # Adapters on 2 x 6 weights, and the head in full, as `train` has it.
+    adapters = 2 * 4 * (4 * (64 + 64) + 2 * (64 + 128))
+    assert found["trained_parameters"] == adapters + 64 * 65 + 2 * 65
+
+
+@pytest.mark.parametrize("remat", ["none", "full"])
+def test_the_settings_are_those_that_memory_auto_chooses(remat):
+    auto = WORKLOAD.with_training(memory="auto", remat="dots", batch_size=8)
+    room = int(total(remat=remat, batch_size=8) / 0.95) + 2
+    chosen = planner.with_memory_chosen(auto, shrunk(find("a6000"), room))
+    assert (chosen.training.remat, chosen.training.batch_size) == (remat, 8)
+
+
+def test_shorter_sequences_are_said_as_the_recipe_cuts_them(folder, capsys):
+    recipe = folder / "recipe.yaml"
+    text = f"model: {folder}\noutput: out\ndata: [rows.jsonl]\ndataset_format: alpaca\n"
+    text += "target_max_length: 100\ntraining: {batch_size: 10000, sequence_length: 256}\n"
+    recipe.write_text(text)
+    command = ["plan", "--recipe", str(recipe), "--device", "t4", "--estimate", "--json"]
+    main(command)
+    found = json.loads(capsys.readouterr().out)
+    options = {x["what"]: x["options"] for x in found["suggestions"]}["shorter sequences"]
+    fits = found["largest_sequence"]["fits"]
+    target = min(100, fits // 2)
+    assert options == (
+        f"--source-max-length {fits - target} --target-max-length {target}"
+        f" --training.sequence-length {fits}"
+    )
+
+
+@pytest.mark.parametrize("trials", ["0", "2"])
+def test_a_mesh_that_the_device_cannot_have_is_refused(folder, trials, capsys):
+    command = ["plan", str(folder), "--device", "b200", "--mesh", "fsdp=8", "--trials", trials]
+    with pytest.raises(SystemExit, match="2"):
+        main([*command, "--estimate"])
+    assert "fsdp=8: 8 does not divide 1" in capsys.readouterr().err

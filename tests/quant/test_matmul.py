@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from qlora_jax.errors import QloraError
 from qlora_jax.quant import FP4, NF4, nf4_matmul, nf4_matmul_transposed, pieces, quantize
 
 pytestmark = pytest.mark.quick
@@ -76,6 +77,23 @@ def test_vmap_over_stacked_weights():
         rtol=1e-5,
         atol=1e-5,
     )
+
+
+@pytest.mark.parametrize("lead", [(0,), (2, 0)])
+def test_products_of_nothing_are_empty(lead):
+    w, x, g, _ = problem(NF4(), jnp.float32)
+    x, g = jnp.ones((*lead, x.shape[-1])), jnp.ones((*lead, g.shape[-1]))
+    y, pullback = jax.vjp(lambda x: nf4_matmul(x, w), x)
+    assert y.shape == g.shape and pullback(g)[0].shape == x.shape
+    assert nf4_matmul_transposed(g, w).shape == x.shape
+
+
+def test_integers_are_refused():
+    w, x, g, _ = problem(NF4(), jnp.float32)
+    with pytest.raises(QloraError, match="int32 .* give x in a floating type"):
+        nf4_matmul(x.astype(jnp.int32), w)
+    with pytest.raises(QloraError, match="int32 .* give x in a floating type"):
+        nf4_matmul_transposed(g.astype(jnp.int32), w)
 
 
 def test_refuses_what_does_not_fit():

@@ -54,6 +54,18 @@ def test_experts_are_taken_and_their_router_is_not():
     assert quantized["mlp"]["experts"]["up_proj"]["kernel"].batch_shape == (2, 4)
 
 
+@pytest.mark.parametrize(
+    ("module", "taken"),
+    [
+        *((name, False) for name in ("conv", "Conv_0", "conv1", "ConvTranspose_0", "conv_stem")),
+        *((name, False) for name in ("stem_conv", "convs/0", "router", "router_0", "Router_0")),
+        *((name, True) for name in ("converter", "Converter_0", "convex", "conv/up", "router_up")),
+    ],
+)
+def test_convolutions_and_routers_are_known_by_flax_s_names(module, taken):
+    assert Policy().selects(f"layers/{module}/kernel", (3, 64, 64)) == taken
+
+
 def test_own_patterns():
     policy = Policy(include=r".*(kernel|embedding)", exclude=r"layers/.*")
     assert quantized_paths(quantize_tree(TREE, NF4(), policy)) == {

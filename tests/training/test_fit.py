@@ -14,6 +14,7 @@ import pytest
 import qlora_jax as qj
 from qlora_jax.data import TokenizedExample
 from qlora_jax.training import trainer
+from qlora_jax.training.checkpoints import check_output
 from qlora_jax.training.settings import TrainSettings
 from qlora_jax.training.stream import StepBatches
 from tests.training import models
@@ -169,6 +170,13 @@ def test_an_adapter_is_not_overwritten(tmp_path):
         fit(tmp_path / "out")
 
 
+def test_an_output_that_is_a_file(tmp_path):
+    (tmp_path / "out").touch()
+    for resume in (False, True):
+        with pytest.raises(qj.QloraError, match="out: a file; the output of a run is a folder"):
+            check_output(tmp_path / "out", resume)
+
+
 def test_progress_is_shown(tmp_path, capsys):
     fit(tmp_path / "out", display=True, evaluation=HELD_OUT)
     text = capsys.readouterr().out
@@ -190,6 +198,7 @@ def test_going_on_from_an_adapter(tmp_path):
     [
         ({"batch_size": 0}, "batch_size must be at least 1"),
         ({"learning_rate": 0.0}, "learning_rate must be positive"),
+        ({"seed": 2**63}, "seed must be at most"),
         ({"warmup": 2.0}, "warmup must be a whole number"),
         ({"max_grad_norm": -1.0}, "max_grad_norm must be positive"),
         ({"schedule": "step"}, "schedule must be"),

@@ -133,6 +133,7 @@ def test_an_optimizer_that_looks_at_whole_parameters_is_not_cut():
         (optax.apply_if_finite(optax.adam(1e-2), 3), "update of .* depends on"),
         (optax.flatten(optax.adam(1e-2)), "update of .* depends on"),
         (optax.normalize_by_update_norm(), "optax.chain"),
+        (optax.chain(optax.add_noise(0.1, 0.5, 0), optax.sgd(0.1)), "draw the same random numbers"),
     ],
 )
 def test_an_optimizer_that_mixes_parameters_is_refused(optimizer, message):

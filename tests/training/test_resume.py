@@ -19,6 +19,7 @@ import qlora_jax as qj
 from qlora_jax.training import checkpoints as checkpoints_module
 from qlora_jax.training.checkpoints import RunCheckpoints, day_of, is_finished
 from qlora_jax.training.evaluation import HeldOut
+from qlora_jax.training.pages import Cut
 from qlora_jax.training.settings import TrainSettings
 from qlora_jax.training.stream import StepBatches
 from qlora_jax.training.trainer import FitResult, fit
@@ -35,8 +36,9 @@ HELD_OUT = models.dataset(5, seed=1)
 
 def run(output: Path, *, resume: bool = False, **changes: Any) -> FitResult:
     model, train = changes.pop("model", models.model()), changes.pop("train", models.dataset())
+    optimizer = changes.pop("optimizer", None)
     settings = dataclasses.replace(SETTINGS, **changes)
-    options = {"evaluation": HELD_OUT, "resume": resume, "display": False}
+    options = {"evaluation": HELD_OUT, "resume": resume, "display": False, "optimizer": optimizer}
     return fit(model, CONFIG, train, settings, output, **options)
 
 
@@ -248,6 +250,17 @@ def test_another_run_is_refused(whole, tmp_path):
     assert adapter(output) == adapter(whole)
 
 
+def test_a_paged_optimizer_goes_on_to_the_bit(tmp_path):
+    """In pages of some rows, as a large model's state is."""
+    optimizer = qj.paged(optax.adamw(1e-2), 500)
+    adapters = qj.lora.init(jax.random.key(1), models.model().params, CONFIG)
+    assert any(isinstance(page, Cut) for page in optimizer.init(adapters).layout)
+    run(tmp_path / "whole", optimizer=optimizer, steps=3)
+    output = copy(tmp_path / "whole", tmp_path / "out", 2)
+    run(output, resume=True, optimizer=optimizer, steps=3)
+    assert adapter(output) == adapter(tmp_path / "whole")
+
+
 def test_a_state_comes_back_on_another_mesh(tmp_path):
     """Bit for bit, in whichever kind of memory it is wanted."""
     devices = jax.devices()
@@ -280,6 +293,7 @@ def test_a_state_comes_back_on_another_mesh(tmp_path):
     restored = RunCheckpoints(tmp_path).restore(found, like)
     for a, b, c in zip(*map(jax.tree.leaves, (restored, like, state)), strict=True):
         assert a.sharding == b.sharding and a.dtype == c.dtype
+        assert jax.typeof(a) == jax.typeof(b)  # the kind of memory, as a traced function sees it
         a, c = (
             jax.random.key_data(x) if jax.dtypes.issubdtype(x.dtype, jax.dtypes.prng_key) else x
             for x in (a, c)

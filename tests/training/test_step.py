@@ -112,6 +112,11 @@ def test_dropout_is_new_at_every_step_and_repeatable():
     assert first != losses(1)
 
 
+def test_an_impossible_dropout_is_refused():
+    with pytest.raises(qj.QloraError, match=r"dropout must be in \[0, 1\), got 1.0"):
+        qj.make_train_step(models.model().loss, optax.sgd(1.0), dropout=1.0)
+
+
 def test_the_state_is_donated():
     model, optimizer = models.model(), optax.adamw(1e-2)
     s = state(optimizer)

@@ -145,7 +145,7 @@ def test_labels():
     for bad, message in (
         (lambda: of(0, -1), "example: the class -1 is negative"),
         (lambda: of(0, "a"), "different kinds"),
-        (lambda: of("a").array(LabelledText(("x",), "z", "row 7")), "row 7: the label 'z'"),
+        (lambda: of("a", "b").array(LabelledText(("x",), "z", "row 7")), "row 7: the label 'z'"),
         (lambda: of(1).array(LabelledText(("x",), 5, "row 7")), "row 7: the label 5"),
         (lambda: of(0.5).array(LabelledText(("x",), "z", "row 7")), "not a finite number"),
         (lambda: parse_labelled({"text": "a"}, "row 3"), r"row 3: found the fields \['text'\]"),
@@ -154,6 +154,19 @@ def test_labels():
     ):
         with pytest.raises(qj.QloraError, match=message):
             bad()
+
+
+def test_columns_that_are_no_classes():
+    def of(*labels):
+        return Labels.of([LabelledText(("a",), x, f"row {i}") for i, x in enumerate(labels)])
+
+    with pytest.raises(qj.QloraError, match="row 0: every row has the label 'a', which leaves"):
+        of("a", "a")
+    with pytest.raises(qj.QloraError, match="row 1: .* 1,001 classes of 3 rows, .* look like"):
+        of(0, 1000, 1)
+    with pytest.raises(qj.QloraError, match="row 10000: .* does not look like classes"):
+        of(*range(10_001))
+    assert len(of(0, 999).names) == 1000 and len(of(*range(1500)).names) == 1500
 
 
 def test_pairs_are_cut_and_counted(tokenizer):

@@ -35,7 +35,7 @@ def load(folder: str | Path, model: AnyModel) -> tuple[Adapters, LoraConfig | Ve
     all, for tensors that do not fit the model, are not finite, or are not those that
     adapter_config.json names (target_modules, layers_to_transform, modules_to_save).
     """
-    folder = Path(folder)
+    folder = Path(folder).expanduser()
     about = read_json(folder / CONFIG)
     conv1d = bool(family_of(model.config).as_stored)
     check_supported(about, folder / CONFIG, conv1d=conv1d)

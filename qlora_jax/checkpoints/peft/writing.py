@@ -77,7 +77,7 @@ def save(
             folder,
             ", ".join(unread),
         )
-    folder = Path(folder)
+    folder = Path(folder).expanduser()
     folder.mkdir(parents=True, exist_ok=True)
     with new_file(folder / WEIGHTS) as part:
         save_file(tensors, part, metadata={"format": "pt"})
