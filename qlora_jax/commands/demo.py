@@ -35,7 +35,12 @@ class Demo:
     model: str | None = None
     """Another model: a folder, a .gguf file or a name on the Hugging Face hub."""
     training: TrainSettings = TrainSettings(
-        steps=75, batch_size=8, learning_rate=6e-4, schedule="linear", warmup=0.1, max_grad_norm=1.0
+        steps=72,
+        batch_size=4,
+        learning_rate=1.5e-3,
+        schedule="linear",
+        warmup=0.1,
+        max_grad_norm=1.0,
     )
     """The run."""
     lora: LoraConfig = LoraConfig()
