@@ -74,7 +74,7 @@ def save_bitsandbytes(
             f"{folder}: no weight has a 4-bit form in bitsandbytes: inputs must be a multiple of "
             "the block, and the weight a linear layer's; quantize in smaller blocks"
         )
-    with new_folder(Path(folder)) as part:
+    with new_folder(Path(folder).expanduser()) as part:
         write_shards(part, _tensors(model, params, kept, storage, on_tensor))
         about = _quantization_config(form, kept, storage, _skipped(model, leaves))
         save_config(part, model, kept, {"quantization_config": about})

@@ -40,7 +40,7 @@ def save_pretrained(
         parameter, layer, x = tensor
         return parameter.hf_name(layer), dense(parameter, layer, x, dtype)
 
-    with new_folder(Path(folder)) as part:
+    with new_folder(Path(folder).expanduser()) as part:
         # map, as a loop over the tensors would hold on to one while the next is read.
         write_shards(part, map(stored, layers_of(model, params, on_tensor)))
         save_config(part, model, dtype)

@@ -55,7 +55,7 @@ def save_gguf(
         raise QloraError(f"kind is {kind!r}; expected one of {', '.join(get_args(Kind))}")
     config = describable(model.config)
     divisors = rope_divisors(config)
-    path = Path(path)
+    path = Path(path).expanduser()
     path.parent.mkdir(parents=True, exist_ok=True)
     with new_file(path) as part:
         writer = gguf.GGUFWriter(part, ARCHITECTURES[config.model_type])

@@ -195,11 +195,6 @@ class Model:
 def _check(batch: Batch) -> None:
     """Raises QloraError for a batch of which `Model.loss` would make something else than meant."""
     need_labels(batch)
-    if batch.get("position_ids") is not None:
-        raise QloraError(
-            "a batch has position_ids, which the loss does not read; give segment_ids [B, T], "
-            "which number the documents of a row"
-        )
     ids = batch["input_ids"]
     if not isinstance(ids, jax.Array | np.ndarray):
         raise QloraError(f"input_ids must be an array of integers [B, T], not {type(ids).__name__}")

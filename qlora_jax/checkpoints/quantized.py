@@ -44,7 +44,7 @@ def save_quantized(folder: str | Path, model: Model) -> None:
     }
     import orbax.checkpoint as ocp
 
-    with new_folder(Path(folder).absolute()) as part:
+    with new_folder(Path(folder).expanduser().absolute()) as part:
         with ocp.StandardCheckpointer() as checkpointer:
             checkpointer.save(part / "params", model.params)
         save_config(part, model, model.dtype)

@@ -131,13 +131,14 @@ class DataOptions:
 
     def cut_to(self, tokens: int, encoder_decoder: bool) -> str:
         """Options by which no row of the model is longer; see `longest`."""
-        source = target = tokens
-        if not encoder_decoder:
-            target = min(self.target_max_length, tokens // 2)
-            source = tokens - target
-        source, target = min(self.source_max_length, source), min(self.target_max_length, target)
-        pairs = {True} if encoder_decoder else self._pairs()
-        whole = f"--max-length {tokens}"
+        source, target = self.source_max_length, self.target_max_length
+        if encoder_decoder:
+            pairs, source, target = {True}, min(source, tokens), min(target, tokens)
+        else:
+            # What is learned goes first, up to half of the row, or more where the source is short.
+            pairs, source = self._pairs(), min(source, tokens - min(target, tokens // 2))
+            target = min(target, tokens - source)
+        whole = f"--max-length {min(self.max_length, tokens)}"
         both = f"--source-max-length {source} --target-max-length {target}"
         return " ".join([whole] * (False in pairs) + [both] * (True in pairs))
 

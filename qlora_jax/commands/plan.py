@@ -99,7 +99,7 @@ class Plan:
         workload.axes(device.count)
         if self.trials < 0:
             raise QloraError(f"--trials must not be negative, got {self.trials}")
-        if workload.training.memory == "auto":
+        if workload.training.memory == "auto" and self.remat is None and not self.paged:
             workload = with_memory_chosen(workload, device)
         question = functools.partial(Planner, workload, device, shorter=self._shorter(workload))
         if self.estimate:
@@ -107,13 +107,16 @@ class Plan:
         with Compiler(device, self.compilers) as compiler:
             return question(compiler).plan(trials=self.trials)
 
+    @functools.cached_property
     def _train(self) -> Train | None:
         """The recipe."""
         return self.recipe and parse(Train, ["--config", str(self.recipe)], "recipe")
 
     def _shorter(self, workload: Workload) -> Callable[[int], str]:
         """What one would give to `train` for shorter sequences."""
-        train = self._train() or Train(data=(), model="", output=Path())
+        train = self._train
+        if train is None:
+            return "--max-length {}".format
         encoder_decoder = isinstance(workload.config(), T5Config)
         padded = train.training.sequence_length is not None
 
@@ -126,7 +129,7 @@ class Plan:
     def workload(self, count: int = 1) -> Workload:
         """What is to be planned: the recipe's, or usual settings, with the options put in. count:
         of devices."""
-        train = self._train()
+        train = self._train
         if train is None:
             if self.model is None:
                 raise QloraError("which MODEL? Give a folder, a config.json or a name, or --recipe")

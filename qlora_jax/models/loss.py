@@ -84,9 +84,15 @@ def _taken(x: jax.Array, order: jax.Array) -> jax.Array:
 
 
 def need_labels(batch: Any) -> None:
-    """Raises QloraError for a batch without input_ids or labels."""
+    """Raises QloraError for a batch without input_ids or labels, or with position_ids, which mark
+    documents in batches made for transformers."""
     if missing := {"input_ids", "labels"} - set(batch):
         raise QloraError(f"a batch needs {sorted(missing)}; it has {sorted(batch)}")
+    if batch.get("position_ids") is not None:
+        raise QloraError(
+            "a batch has position_ids, which the loss does not read; give segment_ids [B, T], "
+            "which number the documents of a row"
+        )
 
 
 def _check(hidden: jax.Array, labels: jax.Array) -> None:

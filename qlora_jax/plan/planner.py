@@ -260,8 +260,11 @@ def _cheaper(workload: Workload) -> list[tuple[str, str, dict[str, Any]]]:
     training = workload.training
     policies = list(_REMAT)
     later = policies[policies.index(training.remat) + 1 :]
-    page = ("optimizer state paged to the host", "--training.paged", {"paged": True})
-    alone = [(_REMAT[policy], f"--training.remat {policy}", {"remat": policy}) for policy in later]
+    own = " --training.memory manual" if training.memory == "auto" else ""  # else it chooses again
+    page = ("optimizer state paged to the host", f"--training.paged{own}", {"paged": True})
+    alone = [
+        (_REMAT[policy], f"--training.remat {policy}{own}", {"remat": policy}) for policy in later
+    ]
     if training.paged:
         return alone
     both = [

@@ -97,7 +97,7 @@ def fit(
     vocabulary, if a checkpoint cannot be written, and after `max_skipped` skipped steps in a row;
     then the state is saved as it was before them.
     """
-    output = Path(output)
+    output = Path(output).expanduser()
     checkpoints = RunCheckpoints(output, settings.keep)
     check_output(output, resume)
     # Said now, not when the run is over and its result would be lost.

@@ -3,11 +3,13 @@
 import dataclasses
 import json
 import re
+from pathlib import Path
 
 import pytest
 
 from qlora_jax.cli import main
 from qlora_jax.commands.plan import read_about
+from qlora_jax.commands.train import Train
 from qlora_jax.errors import QloraError
 from qlora_jax.lora import LoraConfig
 from qlora_jax.models.attention import use_attention
@@ -270,9 +272,24 @@ def test_shorter_sequences_are_said_as_the_recipe_cuts_them(folder, capsys):
     )
 
 
+def test_lengths_are_cut_to_a_row():
+    def cut(tokens, encoder_decoder=False, **lengths):
+        train = Train(data=("x.jsonl",), model="", output=Path(), **lengths)
+        return train.cut_to(tokens, encoder_decoder)
+
+    assert cut(512) == "--max-length 512"
+    assert cut(512, max_length=256) == "--max-length 256"
+    guanaco = {"dataset_format": "oasst1", "source_max_length": 16, "target_max_length": 512}
+    assert cut(512, **guanaco) == "--source-max-length 16 --target-max-length 496"
+    long = {"dataset_format": "alpaca", "source_max_length": 900, "target_max_length": 300}
+    assert cut(512, **long) == "--source-max-length 256 --target-max-length 256"
+    assert cut(512, True, **long) == "--source-max-length 512 --target-max-length 300"
+
+
 @pytest.mark.parametrize("trials", ["0", "2"])
 def test_a_mesh_that_the_device_cannot_have_is_refused(folder, trials, capsys):
     command = ["plan", str(folder), "--device", "b200", "--mesh", "fsdp=8", "--trials", trials]
+    command += ["--batch", "8"]
     with pytest.raises(SystemExit, match="2"):
         main([*command, "--estimate"])
     assert "fsdp=8: 8 does not divide 1" in capsys.readouterr().err
