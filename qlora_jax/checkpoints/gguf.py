@@ -1,11 +1,12 @@
 """GGUF files: configuration and tensors. Quantized tensors are dequantized by the gguf package."""
 
+import math
 from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
 
-from qlora_jax.checkpoints.gguf_header import check_header
+from qlora_jax.checkpoints.gguf_header import Tensor, read_header
 from qlora_jax.checkpoints.names import Parameter
 from qlora_jax.errors import QloraError, missing
 from qlora_jax.models import LlamaConfig, RopeConfig, read_config
@@ -47,30 +48,23 @@ class GGUFFile:
         except ModuleNotFoundError as error:
             raise missing("gguf", f"reading {path}", "hf") from error
         self.source = str(path)
-        check_header(path)
-        try:
-            self._reader = gguf.GGUFReader(path)
-        except (ValueError, IndexError, KeyError, OSError) as error:
-            raise QloraError(
-                f"{path}: cannot be read as GGUF ({error}); incomplete download?"
-            ) from error
+        header = read_header(path)
+        self._fields, self._tensors = header.fields, header.tensors
+        self._formats, self._kinds = gguf.quants, gguf.GGMLQuantizationType
+        self._data = np.memmap(path, mode="r")
+        for name, tensor in self._tensors.items():
+            self._check(name, tensor)
         if (parts := self.field("split.count", 1)) > 1:
             raise QloraError(
                 f"{path}: one of {parts} parts of a split file; make one file of them by "
                 "`llama-gguf-split --merge FIRST-PART WHOLE`"
             )
-        self._dequantize = gguf.quants.dequantize
-        self._tensors = {tensor.name: tensor for tensor in self._reader.tensors}
         self.architecture = str(self.field("general.architecture"))
         self.config = self._read_config()
 
     def field(self, key: str, default: Any = None) -> Any:
         """A metadata entry, or `default`."""
-        entry = self._reader.fields.get(key)
-        try:
-            return default if entry is None else entry.contents()
-        except (ValueError, IndexError, KeyError) as error:
-            raise QloraError(f"{self.source}: the metadata entry {key} is damaged") from error
+        return self._fields.get(key, default)
 
     def number(self, key: str, kind: type[T], default: T | None = None) -> T:
         """A metadata entry of the architecture that is a number. Raises QloraError if it is not."""
@@ -84,24 +78,51 @@ class GGUFFile:
             raise QloraError(f"{self.source}: {error}") from error
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
-        # GGUF lists the fastest axis first.
-        return {name: tuple(int(n) for n in t.shape[::-1]) for name, t in self._tensors.items()}
+        return {name: tensor.shape for name, tensor in self._tensors.items()}
 
     def not_floating(self) -> dict[str, str]:
         # Q4_K, IQ2_XS and the like are formats of floating-point numbers.
-        kinds = {name: t.tensor_type.name for name, t in self._tensors.items()}
+        kinds = {name: self._kinds(t.kind).name for name, t in self._tensors.items()}
         return {name: kind for name, kind in kinds.items() if kind in _INTEGERS}
 
     def name(self, parameter: Parameter, layer: int) -> str:
         return parameter.gguf_name(layer)
 
     def read(self, parameter: Parameter, layer: int) -> np.ndarray:
-        tensor = self._tensors[parameter.gguf_name(layer)]
-        values = self._dequantize(tensor.data, tensor.tensor_type)
+        values = self._values(parameter.gguf_name(layer))
         return rows_from_gguf(values.reshape(parameter.file_shape), self.config, parameter)
 
     def ignorable(self, name: str) -> bool:
         return name == ROPE_FACTORS
+
+    def _check(self, name: str, tensor: Tensor) -> None:
+        """Raises QloraError for a tensor of no known type, or whose data are not all there."""
+        try:
+            end = tensor.start + math.prod(self._stored_shape(tensor))
+        except ValueError as error:
+            raise QloraError(
+                f"{self.source}: cannot be read as GGUF ({name}: {error}); incomplete download?"
+            ) from error
+        if end > len(self._data):
+            raise QloraError(
+                f"{self.source}: cannot be read as GGUF ({name} ends at byte {end} of "
+                f"{len(self._data)}); incomplete download?"
+            )
+
+    def _stored_shape(self, tensor: Tensor) -> tuple[int, ...]:
+        """As bytes."""
+        shape = tensor.shape or (1,)
+        return self._formats.quant_shape_to_byte_shape(shape, self._kinds(tensor.kind))
+
+    def _values(self, name: str) -> np.ndarray:
+        """fp32."""
+        tensor = self._tensors[name]
+        shape = self._stored_shape(tensor)
+        stored = self._data[tensor.start : tensor.start + math.prod(shape)].reshape(shape)
+        try:
+            return self._formats.dequantize(stored, self._kinds(tensor.kind))
+        except NotImplementedError as error:
+            raise QloraError(f"{self.source}: {name}: {error} in the gguf package") from error
 
     def _read_config(self) -> LlamaConfig:
         arch = self.architecture
@@ -161,7 +182,7 @@ class GGUFFile:
             prefix = f"{self.architecture}.{group}."
             unknown = [
                 key
-                for key in self._reader.fields
+                for key in self._fields
                 if key.startswith(prefix) and key.removeprefix(prefix) not in known
             ]
             if unknown:
@@ -197,8 +218,7 @@ class GGUFFile:
 
     def _llama3_rope(self, theta: float, head_dim: int) -> dict[str, Any]:
         """Llama 3's scaling: files hold what it divides each frequency by, not its settings."""
-        tensor = self._tensors[ROPE_FACTORS]
-        divisors = self._dequantize(tensor.data, tensor.tensor_type).reshape(-1)
+        divisors = self._values(ROPE_FACTORS).reshape(-1)
         # All Llama 3.x share these; `factor`, the largest divisor, is 8 or 32.
         settings = {
             "factor": float(divisors.max()),

@@ -71,7 +71,7 @@ class Demo:
         train = tokenize(rows_to_examples(rows), model.tokenizer, 512)
         test = rows_to_examples(demo_task.make_examples("test", self.test_examples))
         references = [example.answer for example in test]
-        sampling = Sampling(max_new_tokens=96)
+        sampling = Sampling(max_new_tokens=64)
 
         def answers(params: object) -> list[str]:
             prompts = [example.prompt for example in test]

@@ -1,5 +1,6 @@
 """GGUF files, written here by the gguf package as llama.cpp's converter lays them out."""
 
+import struct
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ from safetensors.numpy import load_file
 
 import qlora_jax as qj
 from qlora_jax.checkpoints.gguf import GGUFFile
+from qlora_jax.checkpoints.gguf_header import read_header
 from qlora_jax.checkpoints.names import parameters
 from qlora_jax.models import RopeConfig
 from qlora_jax.models.rope import inverse_frequencies
@@ -266,6 +268,74 @@ def test_a_part_of_a_split_file(folder, tmp_path):
     path = tmp_path / "m-00001-of-00003.gguf"
     write(path, folder, key_value=("split.count", 3, gguf.GGUFValueType.UINT16))
     with pytest.raises(qj.QloraError, match="one of 3 parts of a split file"):
+        qj.load(path)
+
+
+def test_all_of_a_file_is_read_as_the_gguf_package_reads_it(folder, tmp_path):
+    rng = np.random.default_rng(0)
+    path = write(
+        tmp_path / "m.gguf",
+        folder,
+        tensors={
+            "blk.0.ffn_up.weight": rng.standard_normal((96, 64)).astype(np.float16),
+            "blk.1.ffn_up.weight": rng.standard_normal((96, 64)),
+        },
+        custom_alignment=64,
+        array=("a.matrix", [[1, 2], [3, 4]]),
+        key_value=("a.truth", True, gguf.GGUFValueType.BOOL),
+        description="eine Größe",
+    )
+    header, reader = read_header(path), gguf.GGUFReader(path)
+    theirs = {key: entry.contents() for key, entry in reader.fields.items() if key[:5] != "GGUF."}
+    assert theirs["a.matrix"] == [1, 2, 3, 4]  # it keeps no more of an array than its numbers
+    assert header.fields == theirs | {"a.matrix": [[1, 2], [3, 4]]}
+    assert len(header.tensors) == len(reader.tensors)
+    for tensor in reader.tensors:
+        ours = header.tensors[tensor.name]
+        assert ours.shape == tuple(tensor.shape[::-1].tolist())
+        assert (ours.kind, ours.start) == (tensor.tensor_type, tensor.data_offset)
+
+
+@pytest.mark.parametrize(
+    "old, new, message",
+    [
+        (b"ffn_up", b"ffn_ab", r"blk\.0\.ffn_ab\.weight: surplus"),
+        (b"blk.0.ffn_up.weight", b"blk.1.ffn_up.weight", r"two tensors blk\.1\.ffn_up\.weight"),
+        (b"llama.block_count", b"llama.head_counts", r"llama\.block_count is missing"),
+        (b"tokenizer.ggml.bos_token_id", b"tokenizer.ggml.eos_token_id", "two entries tokenizer"),
+        (b"blk.0.ffn_up.weight", b"blk.0.ffn_\xff\xff.weight", "the name of a tensor is not UTF-8"),
+    ],
+)
+def test_names_that_are_wrong(old, new, message, folder, tmp_path):
+    whole = write(tmp_path / "m.gguf", folder).read_bytes()
+    assert len(old) == len(new) and old in whole
+    (tmp_path / "m.gguf").write_bytes(whole.replace(old, new, 1))
+    with pytest.raises(qj.QloraError, match=message):
+        qj.load(tmp_path / "m.gguf")
+
+
+@pytest.mark.parametrize(
+    "kind, message",
+    [
+        (999, r"blk\.0\.ffn_up\.weight: 999 is not a valid"),
+        (28, r"blk\.0\.ffn_up\.weight: Dequantization for F64 is not yet implemented"),
+        (14, r"blk\.0\.ffn_up\.weight: Quantized tensor row size \(64\) is not a multiple of Q6_K"),
+    ],
+)
+def test_types_that_cannot_be_read(kind, message, folder, tmp_path):
+    whole = bytearray(write(tmp_path / "m.gguf", folder).read_bytes())
+    name = b"blk.0.ffn_up.weight"
+    # After the name: how many dimensions, two of them, the type.
+    struct.pack_into("<I", whole, whole.index(name) + len(name) + 4 + 2 * 8, kind)
+    (tmp_path / "m.gguf").write_bytes(whole)
+    with pytest.raises(qj.QloraError, match=message):
+        qj.load(tmp_path / "m.gguf")
+
+
+def test_a_file_that_was_cut(folder, tmp_path):
+    path = write(tmp_path / "m.gguf", folder)
+    path.write_bytes(path.read_bytes()[:-100])
+    with pytest.raises(qj.QloraError, match=r"ends at byte \d+ of \d+\); incomplete download"):
         qj.load(path)
 
 
