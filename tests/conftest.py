@@ -56,7 +56,7 @@ def strict_promotion(request: pytest.FixtureRequest):
         yield
 
 
-FUSIONS_THE_OLDER_WAY = ("xla_cpu_use_fusion_emitters", False)
+QUICK = [("xla_cpu_use_fusion_emitters", False), ("xla_cpu_parallel_codegen_split_count", 1)]
 OPTIMIZED = ("parity", "quant")
 """Folders whose programs are compiled as users' are: numbers to the bit, and others' results. Files
 in them that hold neither are marked `quick`."""
@@ -66,23 +66,25 @@ in them that hold neither are marked `quick`."""
 def quick_compilation(request: pytest.FixtureRequest):
     """Elsewhere a program runs once or twice on tiny arrays, and compiling it is most of a test's
     time: LLVM optimizes little, and XLA makes the code of its fusions in the older of its two ways,
-    which takes a third as long, where it still has it (JAX 0.12 has not). XLA's own passes (fusion,
-    sharding, memory) are the same, but that operations which stay alone are not wrapped."""
+    which takes a third as long, where it still has it (JAX 0.12 has not), and in one piece, as the
+    core is one. XLA's own passes (fusion, sharding, memory) are the same, but that operations which
+    stay alone are not wrapped."""
     marked = request.node.get_closest_marker("quick") is not None
     quick = marked or request.path.parent.name not in OPTIMIZED
     if jax.config.read("jax_disable_most_optimizations") != quick:
         jax.clear_caches()  # which do not tell programs compiled the other way apart
         jax.config.update("jax_disable_most_optimizations", quick)
     options_of_jax = compiler.get_compile_options
+    settings = [setting for setting in QUICK if xla_options.has(*setting)]
 
     def options(*args: Any, **kwargs: Any) -> Any:
         found = options_of_jax(*args, **kwargs)
         # First: what a test asks of `jax.jit` itself comes later and wins.
-        found.env_option_overrides = [FUSIONS_THE_OLDER_WAY, *found.env_option_overrides]
+        found.env_option_overrides = [*settings, *found.env_option_overrides]
         return found
 
     with pytest.MonkeyPatch.context() as patch:
-        if quick and xla_options.has(*FUSIONS_THE_OLDER_WAY):
+        if quick:
             patch.setattr(compiler, "get_compile_options", options)
         yield
 
