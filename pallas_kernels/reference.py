@@ -6,6 +6,8 @@ k = i + block_size/2 in its high one, so that unpacking is a concatenation and n
 scales fp32 [K/block_size, N]. codebook fp32 [16].
 """
 
+import functools
+
 import jax
 import jax.numpy as jnp
 
@@ -26,12 +28,14 @@ def unpack(packed: jax.Array, block_size: int) -> jax.Array:
     return codes.reshape(*lead, 2 * half_k, n)
 
 
+@functools.partial(jax.jit, static_argnames="dtype", inline=True)
 def dequantize(
     packed: jax.Array, scales: jax.Array, codebook: jax.Array, dtype: jax.typing.DTypeLike
 ) -> jax.Array:
     """Packed codes [..., K/2, N], scales [..., K/block, N] -> dense [..., K, N] of `dtype`.
 
-    The product is taken in fp32 and rounded once, as bitsandbytes does.
+    The product is taken in fp32 and rounded once, as bitsandbytes does. Compiled, also where
+    nothing around it is: op by op, a large weight's codes and products would be in memory at once.
     """
     *lead, half_k, n = packed.shape
     blocks = scales.shape[-2]

@@ -1,5 +1,6 @@
 """Rounding blocks of numbers to a code book by the rules of bitsandbytes, in plain JAX."""
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -109,12 +110,26 @@ def dequantize_scales(
     must be explicit can hand it through). part: codes are a part of one weight only, nested and
     offset are of the whole. look_up: how levels are found, where a plain gather is slow.
 
-    Op by op this has bitsandbytes' bits; under jit XLA may contract it into a fused multiply-add,
-    which rounds once instead of twice and so differs in the last bit.
+    Outside jit this has bitsandbytes' bits; under jit XLA may contract it into a fused
+    multiply-add, which rounds once instead of twice and so differs in the last bit.
     """
-    *lead, rows, n = codes.shape if part is None else part.whole
+    first, whole = part or (None, codes.shape)
+    return _centred(codes, nested, levels, first, tuple(whole), look_up) + offset[..., None, None]
+
+
+@functools.partial(jax.jit, static_argnames=("whole", "look_up"), inline=True)
+def _centred(
+    codes: jax.Array,
+    nested: jax.Array,
+    levels: jax.Array,
+    first: Sequence[Any] | None,
+    whole: tuple[int, ...],
+    look_up: LookUp,
+) -> jax.Array:
+    """Scales without the offset, which is added by a program of its own outside jit."""
+    *lead, rows, n = whole
     spread = jnp.repeat(nested, NESTED_BLOCK, axis=-1)[..., : n * rows].reshape(*lead, n, rows)
     spread = jnp.swapaxes(spread, -1, -2)
-    if part is not None:
-        spread = jax.lax.dynamic_slice(spread, part.first, codes.shape)
-    return look_up(levels, codes) * spread + offset[..., None, None]
+    if first is not None:
+        spread = jax.lax.dynamic_slice(spread, first, codes.shape)
+    return look_up(levels, codes) * spread

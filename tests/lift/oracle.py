@@ -31,7 +31,8 @@ RANK = 3
 
 
 def normal(seed: int, *shape: int, scale: float = 1.0) -> jax.Array:
-    return jnp.asarray(np.random.default_rng(seed).normal(size=shape) * scale, jnp.float32)
+    values = np.random.default_rng(seed).normal(size=shape) * scale
+    return jax.device_put(values.astype(np.float32))  # jnp.asarray compiles a program a shape
 
 
 def kernel(seed: int, *shape: int, k: int = 1) -> jax.Array:
