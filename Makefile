@@ -21,7 +21,7 @@ PYTEST_ARGS ?=
 help:
 	@echo "make demo     fine-tune a 135M model in 4 bits on this machine's CPU, before and after"
 	@echo "make test     the tests that need no torch"
-	@echo "make slow     the tests that make test leaves out: real processes, killed runs"
+	@echo "make slow     the tests that make test leaves out: resumed and killed runs, real processes"
 	@echo "make lint     ruff: rules and formatting"
 	@echo "make types    pyright"
 	@echo "make parity   comparisons with bitsandbytes, transformers and PEFT (installs torch)"
@@ -33,10 +33,10 @@ demo: $(VENV)/.demo
 	$(VENV)/bin/qlora-jax demo
 
 # Two workers: the time goes into compiling, which one process does on about one core.
-test: $(VENV)/.dev
+test: $(VENV)/.test
 	$(VENV)/bin/python -m pytest tests --ignore=tests/parity -m "not slow" -n 2 --dist loadfile $(PYTEST_ARGS)
 
-slow: $(VENV)/.dev
+slow: $(VENV)/.test
 	$(VENV)/bin/python -m pytest tests --ignore=tests/parity -m slow -n 2 $(PYTEST_ARGS)
 
 lint: $(VENV)/.dev
@@ -70,27 +70,32 @@ $(VENV)/.demo: pyproject.toml | $(VENV)/bin/python
 	@$(VENV)/bin/python $(PIP_INSTALL) -e '.[hf,cli]'
 	@touch $@
 
-$(VENV)/.dev: pyproject.toml | $(VENV)/bin/python
-	@echo "Installing qlora-jax and the developers' tools into $(VENV); a few minutes the first time"
-	@$(VENV)/bin/python $(PIP_INSTALL) -e '.[all,dev]'
+$(VENV)/.test: pyproject.toml | $(VENV)/bin/python
+	@echo "Installing qlora-jax and what its tests need into $(VENV); a few minutes the first time"
+	@$(VENV)/bin/python $(PIP_INSTALL) -e '.[all,test]'
 	@$(VENV)/bin/python $(COMPILE_ALL) $(VENV)/lib || true
 	@touch $@ $(VENV)/.demo
+
+$(VENV)/.dev: $(VENV)/.test
+	@echo "Installing ruff and pyright into $(VENV)"
+	@$(VENV)/bin/python $(PIP_INSTALL) -e '.[all,dev]'
+	@touch $@
 
 $(PARITY_VENV)/.parity: pyproject.toml
 	@test -n "$(PYTHON)" || { echo "No Python 3.11 or newer was found; pass PYTHON=..." >&2; exit 1; }
 	@echo "Installing torch, transformers, PEFT and bitsandbytes into $(PARITY_VENV); minutes the first time"
 	@test -x $(PARITY_VENV)/bin/python || $(PYTHON) -m venv $(PARITY_VENV)
-	@$(PARITY_VENV)/bin/python $(PIP_INSTALL) -e '.[all,dev,parity]'
+	@$(PARITY_VENV)/bin/python $(PIP_INSTALL) -e '.[all,test,parity]'
 	@$(PARITY_VENV)/bin/python $(COMPILE_ALL) $(PARITY_VENV)/lib || true
 	@touch $@
 
 # The compilers stay outside $(VENV): a JAX that finds them there would look for their devices.
-$(COMPILERS)/.tpu: $(VENV)/.dev
+$(COMPILERS)/.tpu: $(VENV)/.test
 	@echo "Installing the TPU compiler (libtpu) into $(COMPILERS)/tpu"
 	@$(VENV)/bin/python $(PIP_INSTALL) --upgrade --target $(COMPILERS)/tpu --no-deps libtpu
 	@touch $@
 
-$(COMPILERS)/.gpu: $(VENV)/.dev
+$(COMPILERS)/.gpu: $(VENV)/.test
 	@echo "Installing the GPU compiler (JAX's CUDA plugin and ptxas) into $(COMPILERS)/gpu"
 	@version=$$($(VENV)/bin/python -c 'import jax; print(jax.__version__)'); \
 	$(VENV)/bin/python $(PIP_INSTALL) --upgrade --target $(COMPILERS)/gpu --no-deps \
@@ -100,7 +105,7 @@ $(COMPILERS)/.gpu: $(VENV)/.dev
 
 # As `pip install ./cuda_ext` builds them, but beside $(VENV). Without nvcc on the machine, NVIDIA's
 # own packages bring it.
-$(COMPILERS)/.cuda: $(VENV)/.dev $(shell find cuda_ext -name '*.c*' -o -name '*.h' -o -name '*.toml' -o -name '*.txt' -o -name '*.py')
+$(COMPILERS)/.cuda: $(VENV)/.test $(shell find cuda_ext -name '*.c*' -o -name '*.h' -o -name '*.toml' -o -name '*.txt' -o -name '*.py')
 	@mkdir -p $(COMPILERS)
 	@command -v nvcc >/dev/null || test -x /usr/local/cuda/bin/nvcc || test -d $(COMPILERS)/nvcc || { \
 	  echo "No nvcc found: installing NVIDIA's compiler into $(COMPILERS)/nvcc"; \

@@ -99,6 +99,7 @@ def test_from_training_to_a_merged_checkpoint(folder, rows, tmp_path, capsys, mo
     assert next(typed, None) is None
 
 
+@pytest.mark.slow
 def test_initial_values_taken_out_of_the_base(folder, rows, tmp_path, capsys):
     """The base that is left is written, and named as the adapter's; without 4 bits too."""
     for bits, init in (("nf4", "loftq"), ("none", "pissa_niter_2")):
@@ -174,6 +175,7 @@ def test_merging_into_the_original_weights(folder, rows, tmp_path, capsys):
     assert "at most" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_a_folder_in_four_bits_keeps_its_format(folder, rows, tmp_path, capsys):
     """Whatever was asked for and cannot be had is refused, never ignored."""
     small, adapter = tmp_path / "small", tmp_path / "adapter"
@@ -213,6 +215,7 @@ def test_merging_what_is_trained_in_full_alone(folder, rows, tmp_path, capsys):
     assert (tmp_path / "m" / "model.safetensors").exists()
 
 
+@pytest.mark.slow
 def test_data_sets_of_the_hub_by_split(folder, rows, tmp_path, capsys, monkeypatch):
     asked = []
 

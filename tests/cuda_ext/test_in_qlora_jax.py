@@ -82,6 +82,7 @@ def test_on_a_mesh(m):
 
 
 @pytest.mark.usefixtures("kernels")
+@pytest.mark.slow
 def test_a_model():
     config = LlamaConfig.from_hf(
         {

@@ -139,6 +139,7 @@ def test_cache_and_packing_with_layers_of_two_kinds():
     decoders.check_cache_and_packing(read_config(TURNS))
 
 
+@pytest.mark.slow
 def test_lora_step_with_layers_of_two_kinds():
     """Their loss has the load of the experts too."""
     decoders.check_lora_step(read_config(TURNS | {"output_router_logits": True}))

@@ -48,7 +48,7 @@ def test_any_shape(m, blocks, n, block, dtype, transposed, target, seed):
     [
         pytest.param(100, 576, 320, 64, id="several blocks of rows, ragged everywhere"),
         pytest.param(3, 1088, 128, 64, id="ragged contraction, few rows"),
-        pytest.param(20, 2048, 136, 1024, id="large blocks"),
+        pytest.param(20, 2048, 136, 1024, id="large blocks", marks=pytest.mark.slow),
     ],
 )
 def test_tiles(m, k, n, block, transposed, monkeypatch):

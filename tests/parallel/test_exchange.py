@@ -3,6 +3,8 @@
 import json
 from pathlib import Path
 
+import pytest
+
 from tests.parallel.launch import finish, launch
 from tests.tiny import write_checkpoint
 
@@ -62,6 +64,7 @@ print(json.dumps([seen, bad, fails([good])]))
 """
 
 
+@pytest.mark.slow
 def test_three_processes(tmp_path: Path) -> None:
     folder = write_checkpoint(tmp_path / "model")
     said = finish(launch(["-c", EXCHANGE, str(folder)], 3))

@@ -9,7 +9,10 @@ import pytest
 import qlora_jax as qj
 from qlora_jax.models import init_params, read_config
 
-pytestmark = pytest.mark.standard_promotion  # optax.adamw
+pytestmark = [
+    pytest.mark.standard_promotion,  # optax.adamw
+    pytest.mark.slow,
+]
 
 
 def test_losses_are_those_of_one_device() -> None:

@@ -91,7 +91,13 @@ def losses_on(spec: str) -> tuple[list[float], Any, Any]:
     return losses, params, state
 
 
-@pytest.mark.parametrize("spec", ["data=8", "fsdp=8", "tensor=8", "data=2,fsdp=2,tensor=2"])
+@pytest.mark.parametrize(
+    "spec",
+    [
+        *(pytest.param(f"{axis}=8", marks=pytest.mark.slow) for axis in ("data", "fsdp", "tensor")),
+        "data=2,fsdp=2,tensor=2",
+    ],
+)
 def test_losses_are_those_of_one_device(spec: str) -> None:
     losses, params, state = losses_on(spec)
     np.testing.assert_allclose(losses, losses_of_one_device(), atol=1e-5, rtol=0)
@@ -107,6 +113,7 @@ def test_losses_are_those_of_one_device(spec: str) -> None:
             assert a.addressable_shards[0].data.size * parts == a.size
 
 
+@pytest.mark.slow
 def test_fit_on_a_mesh(tmp_path: Any) -> None:
     """Evaluation and a saved adapter included; the optimizer's state in the host's memory."""
     settings = TrainSettings(steps=2, batch_size=4, accumulate=2)

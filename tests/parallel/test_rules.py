@@ -114,6 +114,7 @@ def test_adapters_and_optimizer_state() -> None:
     assert shardings.opt_state[0].count.spec == shardings.step.spec == P()
 
 
+@pytest.mark.slow
 def test_moments_of_8_bits_are_split_by_blocks() -> None:
     layout, params = placed(LLAMA)
     config = qj.LoraConfig(rank=64, targets=("up_proj",))

@@ -126,6 +126,7 @@ def test_what_does_not_fit_gets_what_does(capsys):
     assert "does not fit" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_a_compiler_that_refuses(capsys):
     device = find("a6000")
     plan = Planner(WORKLOAD, device, Compiler(device, refuses=2)).plan(trials=2)
@@ -135,6 +136,7 @@ def test_a_compiler_that_refuses(capsys):
     assert "does not fit: RESOURCE_EXHAUSTED: no room" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_the_command_estimates(folder, capsys, tmp_path):
     image = tmp_path / "plan.png"
     main(
@@ -218,6 +220,7 @@ def test_a_gpus_step_has_the_attention_that_the_gpu_would_choose(device, attenti
     assert ("__cudnn$fmha" in text) == (attention == "cudnn")
 
 
+@pytest.mark.slow
 def test_smaller_micro_batches_are_the_same_step():
     """32 rows fit, but two halves of 60 cannot be split over four devices: three parts can."""
     device = find("v5e:2x2")
@@ -255,6 +258,7 @@ def test_the_settings_are_those_that_memory_auto_chooses(remat):
     assert (chosen.training.remat, chosen.training.batch_size) == (remat, 8)
 
 
+@pytest.mark.slow
 def test_shorter_sequences_are_said_as_the_recipe_cuts_them(folder, capsys):
     recipe = folder / "recipe.yaml"
     text = f"model: {folder}\noutput: out\ndata: [rows.jsonl]\ndataset_format: alpaca\n"

@@ -12,7 +12,10 @@ from qlora_jax.training.auto import choose, fitting
 from qlora_jax.training.settings import TrainSettings
 from tests.training.test_estimate import ABOUT, FORMAT
 
-pytestmark = pytest.mark.standard_promotion  # optax
+pytestmark = [
+    pytest.mark.standard_promotion,  # optax
+    pytest.mark.slow,
+]
 
 SETTINGS = TrainSettings(batch_size=8, memory="auto")
 

@@ -92,6 +92,7 @@ def test_spans_of_attention_keep_q_k_and_v_once():
     assert footprint(remat="dots", time=time).activations - names == L * token * 2 * F
 
 
+@pytest.mark.slow
 def test_scores_are_counted_where_xla_computes_them():
     def scores(time, *kernels, **training):
         xla = footprint(remat="full", time=time)

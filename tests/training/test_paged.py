@@ -87,6 +87,7 @@ def test_updates_are_those_of_the_optimizer_to_the_bit(name):
 
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
+@pytest.mark.slow
 def test_many_updates_of_large_parameters_too(name):
     optimizer = OPTIMIZERS[name]
     found, state = steps(qj.paged(optimizer, 50_000), 20, large)

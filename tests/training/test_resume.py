@@ -25,7 +25,10 @@ from qlora_jax.training.stream import StepBatches
 from qlora_jax.training.trainer import FitResult, fit
 from tests.training import models
 
-pytestmark = pytest.mark.standard_promotion  # optax.adamw
+pytestmark = [
+    pytest.mark.standard_promotion,  # optax.adamw
+    pytest.mark.slow,
+]
 
 CONFIG = qj.LoraConfig(rank=4, alpha=8, dropout=0.05, targets=("q_proj", "down_proj"))
 SETTINGS = TrainSettings(

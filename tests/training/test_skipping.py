@@ -17,7 +17,10 @@ from qlora_jax.training.settings import TrainSettings
 from qlora_jax.training.trainer import fit
 from tests.training import models
 
-pytestmark = pytest.mark.standard_promotion  # optax.adamw
+pytestmark = [
+    pytest.mark.standard_promotion,  # optax.adamw
+    pytest.mark.slow,
+]
 CONFIG = qj.LoraConfig(rank=4, alpha=8, targets=("q_proj", "down_proj"))
 BAD = 63
 """A token that no example of `models.dataset` has."""

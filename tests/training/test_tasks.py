@@ -74,7 +74,7 @@ def test_an_encoder_decoder_learns_pairs(tokenizer, tmp_path):
         np.testing.assert_array_equal(mine, theirs)
 
 
-@pytest.mark.parametrize("kind", ["names", "numbers"])
+@pytest.mark.parametrize("kind", ["names", pytest.param("numbers", marks=pytest.mark.slow)])
 def test_an_encoder_learns_labels(kind, tokenizer, tmp_path):
     of = {
         "names": lambda i: ("no", "maybe", "yes")[i % 3],
@@ -103,6 +103,7 @@ def test_an_encoder_learns_labels(kind, tokenizer, tmp_path):
     assert any(path.startswith("classifier") for path in adapters)
 
 
+@pytest.mark.slow
 def test_classes_are_evaluated_on_a_mesh_whatever_their_number(tokenizer, tmp_path):
     texts = [LabelledText((word,), i % 2) for i, word in enumerate(WORDS)]
     config = read_config(ROBERTA | {"vocab_size": len(tokenizer)})
@@ -208,6 +209,7 @@ def write_rows(path, rows):
     return path
 
 
+@pytest.mark.slow
 def test_the_command_line_trains_them_too(tokenizer, tmp_path, capsys):
     t5 = write_model(tmp_path / "t5", tokenizer, read_config(T5 | {"vocab_size": len(tokenizer)}))
     pairs = [{"input": word, "output": word[::-1]} for word in WORDS]
