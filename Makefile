@@ -12,7 +12,7 @@ PYTHON ?= $(shell for p in python3 python3.11 python3.12 python3.13; do \
 # need it, as warnings while it is made would be their errors, and on all cores it takes half as long.
 # What Python cannot compile in others' packages nobody imports.
 PIP_INSTALL = -m pip install --quiet --disable-pip-version-check --no-compile
-COMPILE_ALL = -W ignore -m compileall -q -j 0
+COMPILE_ALL = -W ignore -m compileall -q -j 0 -x /tests/
 PYTEST_ARGS ?=
 
 .PHONY: help demo test slow lint types parity cuda compile clean
@@ -21,7 +21,7 @@ PYTEST_ARGS ?=
 help:
 	@echo "make demo     fine-tune a 135M model in 4 bits on this machine's CPU, before and after"
 	@echo "make test     the tests that need no torch"
-	@echo "make slow     the tests that make test leaves out: resumed and killed runs, real processes"
+	@echo "make slow     the tests that make test leaves out: resumed and killed runs, simulated CUDA"
 	@echo "make lint     ruff: rules and formatting"
 	@echo "make types    pyright"
 	@echo "make parity   comparisons with bitsandbytes, transformers and PEFT (installs torch)"
@@ -37,7 +37,7 @@ test: $(VENV)/.test
 	$(VENV)/bin/python -m pytest tests --ignore=tests/parity -m "not slow" -n 2 --dist loadfile $(PYTEST_ARGS)
 
 slow: $(VENV)/.test
-	$(VENV)/bin/python -m pytest tests --ignore=tests/parity -m slow -n 2 $(PYTEST_ARGS)
+	$(VENV)/bin/python -m pytest tests --ignore=tests/parity -m slow -n 2 --dist loadfile $(PYTEST_ARGS)
 
 lint: $(VENV)/.dev
 	$(VENV)/bin/ruff check .

@@ -129,6 +129,7 @@ def test_initial_values_taken_out_of_the_base(folder, rows, tmp_path, capsys):
     assert not (output / "base" / "stale").exists()
 
 
+@pytest.mark.slow
 def test_a_run_that_a_scheduler_stops_is_resumed(folder, rows, tmp_path, capsys, monkeypatch):
     """SIGTERM ends it as if it were done: exit 0. What is left is done later, and then no more."""
     from qlora_jax.training.stream import StepBatches

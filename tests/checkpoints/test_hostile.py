@@ -25,7 +25,7 @@ from qlora_jax.checkpoints.tensors import SafetensorsFolder
 from tests import tiny
 from tests.checkpoints.test_gguf import write as write_gguf
 
-pytestmark = pytest.mark.standard_promotion
+pytestmark = [pytest.mark.standard_promotion, pytest.mark.slow]
 SLACK = 4 * 2**20
 """Bytes that reading may take beyond a multiple of the file's size."""
 

@@ -35,7 +35,7 @@ def build(compiler: str) -> Path:
 
 
 def _compile(compiler: str, include: Path, path: Path) -> None:
-    flags = ["-std=c++17", "-O2", "-fPIC", "-ffp-contract=off", "-Wall", "-Wextra", "-Werror"]
+    flags = ["-std=c++17", "-O1", "-fPIC", "-ffp-contract=off", "-Wall", "-Wextra", "-Werror"]
     flags += ["-Wno-unknown-pragmas", f"-I{SIMULATOR}", f"-I{SOURCES}", f"-isystem{include}"]
     flags += ["-include", str(SIMULATOR / "stream.h"), "-x", "c++", "-c"]
     objects = []

@@ -7,7 +7,7 @@ import pytest
 
 from tests import four_bit
 
-pytestmark = pytest.mark.usefixtures("kernels")
+pytestmark = [pytest.mark.usefixtures("kernels"), pytest.mark.slow]
 
 K, N, M = 128, 48, 4
 ARRAYS, _ = four_bit.weight(np.random.default_rng(0), K, N, 64)

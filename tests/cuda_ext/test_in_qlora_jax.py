@@ -24,6 +24,7 @@ def weight(config=None):
     return qj.quantize(w, config or qj.NF4())
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("kernels")
 @pytest.mark.parametrize("config", [qj.NF4(), qj.FP4(32, False)], ids=str)
 @pytest.mark.parametrize("m", [3, 40, 130])
@@ -46,6 +47,7 @@ def test_product_and_gradient(m, config):
         np.testing.assert_allclose(*(np.asarray(v, np.float32) for v in (a, b)), atol=0.15)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("kernels")
 def test_vmap_reads_the_weight_once_for_all():
     w = weight()
@@ -59,6 +61,7 @@ def test_vmap_reads_the_weight_once_for_all():
     np.testing.assert_allclose(np.asarray(got, np.float32), want, rtol=2**-7, atol=0.2)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("kernels")
 @pytest.mark.skipif(jax.device_count() < 8, reason="a mesh of eight devices")
 @pytest.mark.parametrize("m", [8, 64, 512])
@@ -81,8 +84,8 @@ def test_on_a_mesh(m):
     np.testing.assert_allclose(got, want, atol=0.3)
 
 
-@pytest.mark.usefixtures("kernels")
 @pytest.mark.slow
+@pytest.mark.usefixtures("kernels")
 def test_a_model():
     config = LlamaConfig.from_hf(
         {

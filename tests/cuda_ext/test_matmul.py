@@ -11,7 +11,7 @@ from pallas_kernels import reference
 from tests import four_bit
 from tests.cuda_ext.conftest import ON_A_GPU
 
-pytestmark = pytest.mark.usefixtures("kernels")
+pytestmark = [pytest.mark.usefixtures("kernels"), pytest.mark.slow]
 
 
 def check(m, k, n, block, dtype, transposed, out_dtype="float32", seed=0):

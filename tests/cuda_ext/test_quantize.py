@@ -12,7 +12,7 @@ from qlora_jax.quant import FP4, NF4, quantize, use_implementation
 from qlora_jax.quant.config import levels
 from tests import four_bit
 
-pytestmark = pytest.mark.usefixtures("kernels")
+pytestmark = [pytest.mark.usefixtures("kernels"), pytest.mark.slow]
 DTYPES = ["float32", "bfloat16", "float16"]
 
 

@@ -106,6 +106,7 @@ def test_what_fits_is_said_with_the_largest(capsys):
     assert json.loads(json.dumps(numbers))["method"] == "compiled"
 
 
+@pytest.mark.slow
 def test_what_does_not_fit_gets_what_does(capsys):
     """Room for remat but not without; every suggestion is one that was compiled."""
     room = (total() + total(remat="full")) // 2
@@ -237,6 +238,7 @@ def test_smaller_micro_batches_are_the_same_step():
     ]
 
 
+@pytest.mark.slow
 def test_a_roberta_has_fewer_positions_than_its_table(tmp_path, capsys):
     about = {"model_type": "roberta", "vocab_size": 64, "hidden_size": 64, "intermediate_size": 128}
     about |= {"num_hidden_layers": 2, "num_attention_heads": 4, "max_position_embeddings": 130}
@@ -250,7 +252,7 @@ def test_a_roberta_has_fewer_positions_than_its_table(tmp_path, capsys):
     assert found["trained_parameters"] == adapters + 64 * 65 + 2 * 65
 
 
-@pytest.mark.parametrize("remat", ["none", "full"])
+@pytest.mark.parametrize("remat", ["none", pytest.param("full", marks=pytest.mark.slow)])
 def test_the_settings_are_those_that_memory_auto_chooses(remat):
     auto = WORKLOAD.with_training(memory="auto", remat="dots", batch_size=8)
     room = int(total(remat=remat, batch_size=8) / 0.95) + 2

@@ -127,6 +127,7 @@ def test_examples_that_the_model_cannot_take(ids, labels, message, held_out, tmp
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.slow
 def test_a_padding_token_that_the_model_lacks(tmp_path):
     """Such as a [PAD] that was added to a Llama's tokenizer: what embeds it would be NaN."""
     losses = []
@@ -184,6 +185,7 @@ def test_progress_is_shown(tmp_path, capsys):
     assert re.search(r"GB  input \d+%", text)
 
 
+@pytest.mark.slow
 def test_going_on_from_an_adapter(tmp_path):
     first = fit(tmp_path / "a", evaluation=HELD_OUT)
     going_on = {"steps": 1, "learning_rate": 1e-9}
