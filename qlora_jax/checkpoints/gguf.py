@@ -54,7 +54,7 @@ class GGUFFile:
         self._data = np.memmap(path, mode="r")
         for name, tensor in self._tensors.items():
             self._check(name, tensor)
-        if (parts := self.field("split.count", 1)) > 1:
+        if (parts := self.field("split.count", 1)) not in (0, 1):
             raise QloraError(
                 f"{path}: one of {parts} parts of a split file; make one file of them by "
                 "`llama-gguf-split --merge FIRST-PART WHOLE`"
