@@ -47,7 +47,7 @@ types: $(VENV)/.dev
 	$(VENV)/bin/pyright
 
 parity: $(PARITY_VENV)/.parity
-	$(PARITY_VENV)/bin/python -m pytest tests/parity -n 2 --dist loadfile $(PYTEST_ARGS)
+	$(PARITY_VENV)/bin/python -m pytest tests/parity -n 2 --dist loadfile --no-loadscope-reorder $(PYTEST_ARGS)
 
 cuda: $(COMPILERS)/.cuda
 	$(VENV)/bin/python -m tests.compile.ptxas $(COMPILERS)/cuda.log

@@ -54,7 +54,7 @@ class GGUFFile:
         self._data = np.memmap(path, mode="r")
         for name, tensor in self._tensors.items():
             self._check(name, tensor)
-        if (parts := self.field("split.count", 1)) not in (0, 1):
+        if (parts := self._number("split.count", int, 1)) > 1:
             raise QloraError(
                 f"{path}: one of {parts} parts of a split file; make one file of them by "
                 "`llama-gguf-split --merge FIRST-PART WHOLE`"
@@ -63,12 +63,20 @@ class GGUFFile:
         self.config = self._read_config()
 
     def field(self, key: str, default: Any = None) -> Any:
-        """A metadata entry, or `default`."""
-        return self._fields.get(key, default)
+        """A metadata entry, or `default`: a number, a text, or a list of one of them. Raises
+        QloraError for text that is not UTF-8."""
+        value = self._fields.get(key, default)
+        if isinstance(value, np.ndarray):
+            return value.tolist()
+        if any(isinstance(x, bytes) for x in (value if isinstance(value, list) else [value])):
+            raise QloraError(f"{self.source}: the metadata entry {key} is not UTF-8")
+        return value
 
     def number(self, key: str, kind: type[T], default: T | None = None) -> T:
         """A metadata entry of the architecture that is a number. Raises QloraError if it is not."""
-        name = f"{self.architecture}.{key}"
+        return self._number(f"{self.architecture}.{key}", kind, default)
+
+    def _number(self, name: str, kind: type[T], default: T | None) -> T:
         value = self.field(name, default)
         if value is None:
             raise QloraError(f"{self.source}: the metadata entry {name} is missing")
@@ -97,22 +105,26 @@ class GGUFFile:
 
     def _check(self, name: str, tensor: Tensor) -> None:
         """Raises QloraError for a tensor of no known type, or whose data are not all there."""
+        if tensor.kind not in set(self._kinds):
+            raise QloraError(
+                f"{self.source}: {name!r} has the type {tensor.kind}, which this version of the "
+                "gguf package does not know; a newer one may"
+            )
         try:
             end = tensor.start + math.prod(self._stored_shape(tensor))
         except ValueError as error:
             raise QloraError(
-                f"{self.source}: cannot be read as GGUF ({name}: {error}); incomplete download?"
+                f"{self.source}: cannot be read as GGUF ({name!r}: {error})"
             ) from error
         if end > len(self._data):
             raise QloraError(
-                f"{self.source}: cannot be read as GGUF ({name} ends at byte {end} of "
+                f"{self.source}: cannot be read as GGUF ({name!r} ends at byte {end} of "
                 f"{len(self._data)}); incomplete download?"
             )
 
     def _stored_shape(self, tensor: Tensor) -> tuple[int, ...]:
         """As bytes."""
-        shape = tensor.shape or (1,)
-        return self._formats.quant_shape_to_byte_shape(shape, self._kinds(tensor.kind))
+        return self._formats.quant_shape_to_byte_shape(tensor.shape, self._kinds(tensor.kind))
 
     def _values(self, name: str) -> np.ndarray:
         """fp32."""

@@ -6,7 +6,6 @@ Layout: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md.
 """
 
 import dataclasses
-import math
 import mmap
 import struct
 from pathlib import Path
@@ -30,7 +29,7 @@ _SCALARS = {
     12: "<f8",
 }
 _STRING, _ARRAY = 8, 9
-_MAX_DIMENSIONS = 8
+_MAX_DIMENSIONS = 4
 _MAX_NESTING = 4
 
 
@@ -46,15 +45,19 @@ class Tensor:
 
 @dataclasses.dataclass(frozen=True)
 class Header:
-    """Metadata as Python's numbers, texts and lists, and the tensors, each by its name."""
+    """Metadata and the tensors, each by its name.
+
+    Metadata are Python's numbers and texts, NumPy's arrays of numbers, and lists of these; bytes
+    stand for a text that is not UTF-8.
+    """
 
     fields: dict[str, Any]
     tensors: dict[str, Tensor]
 
 
 def read_header(path: Path) -> Header:
-    """Raises QloraError for a file that is none of GGUF's versions 2 and 3, and for lengths, counts
-    and offsets that lead out of it."""
+    """Raises QloraError for a file that is none of GGUF's versions 2 and 3, and for lengths and
+    counts that lead out of it. Where a tensor ends depends on its type, which is not looked at."""
     if path.stat().st_size < 24:
         raise QloraError(f"{path}: cannot be read as GGUF (too short); incomplete download?")
     with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
@@ -62,7 +65,7 @@ def read_header(path: Path) -> Header:
         try:
             return walk.header()
         except struct.error as error:
-            raise walk.fault("it ends in the middle of its header") from error
+            raise walk.cut("it ends in the middle of its header") from error
 
 
 class _Walk:
@@ -72,9 +75,10 @@ class _Walk:
         self.path, self.data, self.at = path, data, 0
 
     def fault(self, what: str) -> QloraError:
-        return QloraError(
-            f"{self.path}: cannot be read as GGUF ({what}, at byte {self.at}); incomplete download?"
-        )
+        return QloraError(f"{self.path}: cannot be read as GGUF ({what}, at byte {self.at})")
+
+    def cut(self, what: str) -> QloraError:
+        return QloraError(f"{self.fault(what)}; incomplete download?")
 
     def number(self, form: str) -> int:
         (value,) = struct.unpack_from(f"<{form}", self.data, self.at)
@@ -83,16 +87,21 @@ class _Walk:
 
     def take(self, size: int, what: str) -> bytes:
         if size > len(self.data) - self.at:
-            raise self.fault(f"{what} is {size} bytes long, {len(self.data) - self.at} are left")
+            raise self.cut(f"{what} is {size} bytes long, {len(self.data) - self.at} are left")
         self.at += size
         return self.data[self.at - size : self.at]
 
-    def text(self, what: str) -> str:
+    def text(self, what: str) -> str | bytes:
         read = self.take(self.number("Q"), what)
         try:
             return read.decode()
-        except UnicodeDecodeError as error:
-            raise self.fault(f"{what} is not UTF-8") from error
+        except UnicodeDecodeError:
+            return read
+
+    def name(self, of: str) -> str:
+        if isinstance(name := self.text(f"the name of {of}"), bytes):
+            raise self.fault(f"the name of {of} is not UTF-8")
+        return name
 
     def header(self) -> Header:
         if self.take(4, "the first word") != b"GGUF":
@@ -102,16 +111,16 @@ class _Walk:
         count, entries = self.number("Q"), self.number("Q")
         fields: dict[str, Any] = {}
         for _ in range(entries):
-            name = self.text("the name of an entry")
+            name = self.name("an entry")
             if name in fields:
-                raise self.fault(f"two entries {name}")
-            fields[name] = self.value(self.number("I"), 0)
+                raise self.fault(f"two entries {name!r}")
+            fields[name] = self.value(name, self.number("I"), 0)
         tensors: dict[str, Tensor] = {}
         for _ in range(count):
-            name = self.text("the name of a tensor")
+            name = self.name("a tensor")
             if name in tensors:
-                raise self.fault(f"two tensors {name}")
-            tensors[name] = self.tensor()
+                raise self.fault(f"two tensors {name!r}")
+            tensors[name] = self.tensor(name)
         alignment = fields.get("general.alignment", 32)
         if not isinstance(alignment, int) or alignment < 1 or alignment & (alignment - 1):
             raise self.fault(f"general.alignment is {alignment!r} and not a power of two")
@@ -121,36 +130,31 @@ class _Walk:
             {name: dataclasses.replace(t, start=data + t.start) for name, t in tensors.items()},
         )
 
-    def tensor(self) -> Tensor:
+    def tensor(self, name: str) -> Tensor:
         """One whose data begin `start` bytes after the header."""
         dimensions = self.number("I")
         if dimensions > _MAX_DIMENSIONS:
-            raise self.fault(f"a tensor with {dimensions} dimensions")
-        shape = tuple(self.number("Q") for _ in range(dimensions))[::-1]
-        elements = math.prod(shape)
-        # No format has fewer than one bit an element.
-        if elements > 8 * len(self.data):
-            raise self.fault(f"a tensor of {elements} elements in {len(self.data)} bytes")
-        kind, start = self.number("I"), self.number("Q")
-        if start > len(self.data):
-            raise self.fault(f"a tensor at byte {start} of {len(self.data)}")
-        return Tensor(shape, kind, start)
+            raise self.fault(f"{name!r} has {dimensions} dimensions")
+        shape = tuple(self.number("Q") for _ in range(dimensions))[::-1] or (1,)
+        if 0 in shape:
+            raise self.fault(f"{name!r} has the shape {shape}")
+        return Tensor(shape, self.number("I"), self.number("Q"))
 
-    def value(self, kind: int, depth: int) -> Any:
-        """A value of metadata."""
+    def value(self, name: str, kind: int, depth: int) -> Any:
+        """A value of metadata, of the entry of that name."""
         if kind in _SCALARS:
-            return self.numbers(kind, 1)[0]
+            return self.numbers(name, kind, 1).item()
         if kind == _STRING:
-            return self.text("a text")
+            return self.text(f"a text of {name!r}")
         if kind == _ARRAY and depth < _MAX_NESTING:
             inner, count = self.number("I"), self.number("Q")
             if inner in _SCALARS:
-                return self.numbers(inner, count)
+                return self.numbers(name, inner, count)
             # A text, an array: at least one number is read for each, or the file ends.
-            return [self.value(inner, depth + 1) for _ in range(count)]
-        raise self.fault(f"no type of value has the number {kind}")
+            return [self.value(name, inner, depth + 1) for _ in range(count)]
+        raise self.fault(f"{name!r}: no type of value has the number {kind}")
 
-    def numbers(self, kind: int, count: int) -> list[Any]:
+    def numbers(self, name: str, kind: int, count: int) -> np.ndarray:
         dtype = np.dtype(_SCALARS[kind])
         what = "a number" if count == 1 else f"an array of {count} numbers"
-        return np.frombuffer(self.take(count * dtype.itemsize, what), dtype).tolist()
+        return np.frombuffer(self.take(count * dtype.itemsize, f"{name!r}, {what},"), dtype)

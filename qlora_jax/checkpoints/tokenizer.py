@@ -145,9 +145,15 @@ def sentence_piece_merges(
 ) -> list[tuple[str, str]]:
     """The merges, first to last, that do what scores say: every way to put a token together."""
     merges = []
+    # A part is as long as some token: a file may have one token of a million characters.
+    lengths = {len(token) for token in vocabulary}
     for token in vocabulary:
-        halves = [(token[:i], token[i:]) for i in range(1, len(token))]
-        halves = [(a, b) for a, b in halves if a in vocabulary and b in vocabulary]
+        cuts = [i for i in range(1, len(token)) if i in lengths and len(token) - i in lengths]
+        halves = [
+            (token[:i], token[i:])
+            for i in cuts
+            if token[:i] in vocabulary and token[i:] in vocabulary
+        ]
         halves.sort(key=lambda pair: (vocabulary[pair[0]], vocabulary[pair[1]]))
         merges += [(scores[token], pair) for pair in halves]
     merges.sort(key=lambda entry: -entry[0])

@@ -269,6 +269,9 @@ def test_a_part_of_a_split_file(folder, tmp_path):
     write(path, folder, key_value=("split.count", 3, gguf.GGUFValueType.UINT16))
     with pytest.raises(qj.QloraError, match="one of 3 parts of a split file"):
         qj.load(path)
+    write(path, folder, key_value=("split.count", "3", gguf.GGUFValueType.STRING))
+    with pytest.raises(qj.QloraError, match=r"m-00001-of-00003\.gguf: split\.count"):
+        qj.load(path)
 
 
 def test_all_of_a_file_is_read_as_the_gguf_package_reads_it(folder, tmp_path):
@@ -288,7 +291,9 @@ def test_all_of_a_file_is_read_as_the_gguf_package_reads_it(folder, tmp_path):
     header, reader = read_header(path), gguf.GGUFReader(path)
     theirs = {key: entry.contents() for key, entry in reader.fields.items() if key[:5] != "GGUF."}
     assert theirs["a.matrix"] == [1, 2, 3, 4]  # it keeps no more of an array than its numbers
-    assert header.fields == theirs | {"a.matrix": [[1, 2], [3, 4]]}
+    fields = {k: v.tolist() if isinstance(v, np.ndarray) else v for k, v in header.fields.items()}
+    fields["a.matrix"] = [row.tolist() for row in fields["a.matrix"]]
+    assert fields == theirs | {"a.matrix": [[1, 2], [3, 4]]}
     assert len(header.tensors) == len(reader.tensors)
     for tensor in reader.tensors:
         ours = header.tensors[tensor.name]
@@ -300,9 +305,9 @@ def test_all_of_a_file_is_read_as_the_gguf_package_reads_it(folder, tmp_path):
     "old, new, message",
     [
         (b"ffn_up", b"ffn_ab", r"blk\.0\.ffn_ab\.weight: surplus"),
-        (b"blk.0.ffn_up.weight", b"blk.1.ffn_up.weight", r"two tensors blk\.1\.ffn_up\.weight"),
+        (b"blk.0.ffn_up.weight", b"blk.1.ffn_up.weight", r"two tensors 'blk\.1\.ffn_up\.weight'"),
         (b"llama.block_count", b"llama.head_counts", r"llama\.block_count is missing"),
-        (b"tokenizer.ggml.bos_token_id", b"tokenizer.ggml.eos_token_id", "two entries tokenizer"),
+        (b"tokenizer.ggml.bos_token_id", b"tokenizer.ggml.eos_token_id", "two entries 'tokenizer"),
         (b"blk.0.ffn_up.weight", b"blk.0.ffn_\xff\xff.weight", "the name of a tensor is not UTF-8"),
     ],
 )
@@ -317,9 +322,12 @@ def test_names_that_are_wrong(old, new, message, folder, tmp_path):
 @pytest.mark.parametrize(
     "kind, message",
     [
-        (999, r"blk\.0\.ffn_up\.weight: 999 is not a valid"),
+        (999, r"'blk\.0\.ffn_up\.weight' has the type 999, which .* does not know"),
         (28, r"blk\.0\.ffn_up\.weight: Dequantization for F64 is not yet implemented"),
-        (14, r"blk\.0\.ffn_up\.weight: Quantized tensor row size \(64\) is not a multiple of Q6_K"),
+        (
+            14,
+            r"'blk\.0\.ffn_up\.weight': Quantized tensor row size \(64\) is not a multiple of Q6_K",
+        ),
     ],
 )
 def test_types_that_cannot_be_read(kind, message, folder, tmp_path):
@@ -330,6 +338,38 @@ def test_types_that_cannot_be_read(kind, message, folder, tmp_path):
     (tmp_path / "m.gguf").write_bytes(whole)
     with pytest.raises(qj.QloraError, match=message):
         qj.load(tmp_path / "m.gguf")
+
+
+@pytest.mark.parametrize(
+    "offset, form, value, message",
+    [
+        (0, "<I", 5, r"'blk\.0\.ffn_up\.weight' has 5 dimensions"),
+        (4, "<Q", 0, r"'blk\.0\.ffn_up\.weight' has the shape \(128, 0\)"),
+        (12, "<Q", 2**63, r"'blk\.0\.ffn_up\.weight' ends at byte \d+ of \d+"),
+        (24, "<Q", 2**40, r"'blk\.0\.ffn_up\.weight' ends at byte \d+ of \d+"),
+    ],
+)
+def test_shapes_and_offsets_that_are_wrong(offset, form, value, message, folder, tmp_path):
+    whole = bytearray(write(tmp_path / "m.gguf", folder).read_bytes())
+    name = b"blk.0.ffn_up.weight"
+    struct.pack_into(form, whole, whole.index(name) + len(name) + offset, value)
+    (tmp_path / "m.gguf").write_bytes(whole)
+    with pytest.raises(qj.QloraError, match=message):
+        qj.load(tmp_path / "m.gguf")
+
+
+def test_a_text_that_is_not_utf8(folder, tmp_path):
+    """One that is not asked for does no harm."""
+    path = tmp_path / "m.gguf"
+    whole = write(path, folder, description="Groesse").read_bytes()
+    assert qj.load(path).tokenizer is not None
+    path.write_bytes(whole.replace(b"Groesse", b"Gr\xf6\xdfe.."))
+    qj.load(path)
+    token = struct.pack("<Q", 4) + b"</s>"
+    assert token in whole
+    path.write_bytes(whole.replace(token, token[:-1] + b"\xff", 1))
+    with pytest.raises(qj.QloraError, match=r"the metadata entry tokenizer\.ggml\.tokens is not"):
+        qj.load(path)
 
 
 def test_a_file_that_was_cut(folder, tmp_path):

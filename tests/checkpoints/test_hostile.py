@@ -20,20 +20,28 @@ from safetensors.numpy import load_file, save_file
 
 import qlora_jax as qj
 from qlora_jax.checkpoints.bitsandbytes_export import save_bitsandbytes
+from qlora_jax.checkpoints.gguf_header import read_header
 from qlora_jax.checkpoints.load import load
 from qlora_jax.checkpoints.tensors import SafetensorsFolder
+from qlora_jax.checkpoints.tokenizer import sentence_piece_merges
 from tests import tiny
 from tests.checkpoints.test_gguf import write as write_gguf
 
-pytestmark = [pytest.mark.standard_promotion, pytest.mark.slow]
+pytestmark = pytest.mark.standard_promotion
 SLACK = 4 * 2**20
 """Bytes that reading may take beyond a multiple of the file's size."""
 
-fuzzed = settings(
+SETTINGS = settings(
     max_examples=60,
     deadline=None,
     suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
 )
+
+
+def fuzzed(test: Callable[..., Any]) -> Callable[..., Any]:
+    return pytest.mark.slow(SETTINGS(test))
+
+
 numbers = st.sampled_from(
     [-1, 0, 1, 2, 7, 63, 2**31 - 1, 2**31, 2**32, 2**53, 2**63 - 1, 2**63, 2**64 - 1, 10**30]
 )
@@ -182,8 +190,22 @@ def test_an_array_longer_than_the_file(gguf_file, tmp_path):
     key = whole.index(b"tokenizer.ggml.token_type") + len(b"tokenizer.ggml.token_type")
     struct.pack_into("<Q", whole, key + 8, 2**60)
     (tmp_path / "m.gguf").write_bytes(whole)
-    with pytest.raises(qj.QloraError, match=f"an array of {2**60} numbers"):
+    with pytest.raises(qj.QloraError, match=f"token_type', an array of {2**60} numbers"):
         qj.load(tmp_path / "m.gguf")
+
+
+def test_gguf_numbers_and_tokens_take_the_memory_of_the_file(tmp_path):
+    """Python's lists would take eight times that of an array of bytes or more, and all parts of a
+    token the square of its length."""
+    path = tmp_path / "m.gguf"
+    count = 4_000_000
+    entry = struct.pack("<Q6sIIQ", 6, b"a.list", 9, 0, count) + bytes(count)
+    path.write_bytes(b"GGUF" + struct.pack("<IQQ", 3, 0, 1) + entry)
+    header = harmless(lambda: read_header(path), count // 4)
+    assert header.fields["a.list"].shape == (count,)
+    vocabulary = {token: i for i, token in enumerate(["a", "a" * 20_000, "aa"])}
+    merges = harmless(lambda: sentence_piece_merges(vocabulary, dict.fromkeys(vocabulary, 0.0)), 0)
+    assert merges == [("a", "a")]
 
 
 @pytest.fixture(scope="module")

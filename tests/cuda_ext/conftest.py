@@ -23,29 +23,31 @@ def build(compiler: str) -> Path:
     """The simulated library, compiled where the sources have changed."""
     include = Path(jax.ffi.include_dir())
     files = sorted([*SOURCES.rglob("*.*"), *SIMULATOR.rglob("*.*")])
-    text = b"".join(file.read_bytes() for file in files) + str(include).encode()
+    flags = [compiler, "-std=c++17", "-O1", "-fPIC", "-ffp-contract=off"]
+    flags += ["-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas"]
+    flags += [f"-I{SIMULATOR}", f"-I{SOURCES}", f"-isystem{include}"]
+    text = b"".join(file.read_bytes() for file in files) + " ".join(flags).encode()
     folder = ROOT / ".cache" / "simulator" / hashlib.sha256(text).hexdigest()[:16]
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / "libqlora_cuda.so"
     with (folder / "lock").open("w") as lock:  # other workers of a test run wait
         fcntl.flock(lock, fcntl.LOCK_EX)
         if not path.exists():
-            _compile(compiler, include, path)
+            _compile(flags, path)
     return path
 
 
-def _compile(compiler: str, include: Path, path: Path) -> None:
-    flags = ["-std=c++17", "-O1", "-fPIC", "-ffp-contract=off", "-Wall", "-Wextra", "-Werror"]
-    flags += ["-Wno-unknown-pragmas", f"-I{SIMULATOR}", f"-I{SOURCES}", f"-isystem{include}"]
-    flags += ["-include", str(SIMULATOR / "stream.h"), "-x", "c++", "-c"]
+def _compile(flags: list[str], path: Path) -> None:
+    """The compiler is the first of `flags`."""
+    flags = [*flags, "-include", str(SIMULATOR / "stream.h"), "-x", "c++", "-c"]
     objects = []
     running = []
     for source in sorted([*SOURCES.glob("*.cu"), *SOURCES.glob("*.cc")]):
         objects.append(path.with_name(f"{source.name}.o"))
-        running.append(subprocess.Popen([compiler, *flags, source, "-o", objects[-1]]))
+        running.append(subprocess.Popen([*flags, source, "-o", objects[-1]]))
     assert not any(process.wait() for process in running), "the simulated kernels do not compile"
     partial = path.with_suffix(".part")
-    subprocess.run([compiler, "-shared", "-o", partial, *objects], check=True)
+    subprocess.run([flags[0], "-shared", "-o", partial, *objects], check=True)
     partial.rename(path)  # whole, or not there
 
 
