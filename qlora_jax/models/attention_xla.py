@@ -1,5 +1,8 @@
 """Attention in JAX's own operations, in blocks of queries.
 
+Without cuDNN `jax.nn.dot_product_attention` would make the scores of all queries by all keys at
+once and keep the probabilities for the backward pass; here neither is ever whole.
+
 Letters: B batch, T queries, S keys, H heads, N heads of keys, G = H / N, D size of a head.
 """
 
