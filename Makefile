@@ -32,12 +32,13 @@ help:
 demo: $(VENV)/.demo
 	$(VENV)/bin/qlora-jax demo
 
-# Two workers: the time goes into compiling, which one process does on about one core.
+# Two workers: the time goes into compiling, which one process does on about one core. Files with few
+# tests take longest among the slow ones and in parity, and are not to come last as they would by number.
 test: $(VENV)/.test
 	$(VENV)/bin/python -m pytest tests --ignore=tests/parity -m "not slow" -n 2 --dist loadfile $(PYTEST_ARGS)
 
 slow: $(VENV)/.test
-	$(VENV)/bin/python -m pytest tests --ignore=tests/parity -m slow -n 2 --dist loadfile $(PYTEST_ARGS)
+	$(VENV)/bin/python -m pytest tests --ignore=tests/parity -m slow -n 2 --dist loadfile --no-loadscope-reorder $(PYTEST_ARGS)
 
 lint: $(VENV)/.dev
 	$(VENV)/bin/ruff check .

@@ -132,10 +132,12 @@ def test_versions(built, found, reason):
     assert got is None if reason is None else re.search(reason, got)
 
 
+@pytest.mark.slow
 def test_it_is_built_for_what_is_installed(kernels):
     assert library.built_for(kernels) == library.installed()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("platform", "kind", "capability", "reason"),
     [
