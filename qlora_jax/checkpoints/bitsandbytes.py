@@ -12,7 +12,7 @@ import numpy as np
 
 from qlora_jax.checkpoints.names import Parameter, parameters
 from qlora_jax.checkpoints.quant_state import QuantState
-from qlora_jax.checkpoints.tensors import SafetensorsFolder, open_safetensors
+from qlora_jax.checkpoints.tensors import SafetensorsFolder
 from qlora_jax.errors import QloraError
 from qlora_jax.models.typed import entry
 from qlora_jax.quant import Policy, QuantConfig, QuantizedArray, bnb, quantize
@@ -96,18 +96,16 @@ class BitsandbytesFolder(SafetensorsFolder):
         """By the packed weight's name; QloraError that lists all that are not whole."""
         found: dict[str, QuantState] = {}
         faults: list[str] = []
-        for file in sorted(set(self._file_of.values())):
-            with open_safetensors(file) as opened:
-                for name in opened.keys():  # noqa: SIM118 (no mapping)
-                    if not (match := _STATE.fullmatch(name)):
-                        continue
-                    try:
-                        state = QuantState.from_bytes(opened.get_tensor(name))
-                    except QloraError as error:
-                        faults.append(f"{name}: {error}")
-                        continue
-                    found[match["weight"]] = state
-                    faults += self._faults(match["weight"], name, state)
+        for name, stored in self._stored.items():
+            if not (match := _STATE.fullmatch(name)):
+                continue
+            try:
+                state = QuantState.from_bytes(stored.read())
+            except QloraError as error:
+                faults.append(f"{name}: {error}")
+                continue
+            found[match["weight"]] = state
+            faults += self._faults(match["weight"], name, state)
         if faults:
             raise QloraError(
                 f"{self.source}: the packed weights are not whole:\n  " + "\n  ".join(faults)
@@ -119,13 +117,18 @@ class BitsandbytesFolder(SafetensorsFolder):
         faults = [f"{name}: is of {state.format}"] if not name.endswith(state.key) else []
         for suffix, (kind, size) in state.parts().items():
             part = f"{weight}.{suffix}"
-            have = (self._types.get(part), math.prod(self._shapes.get(part, (0,))))
+            have = self._kind_and_size(part)
             if have != (kind, size):
                 faults.append(f"{part}: {have[1]} of type {have[0]}, expected {size} of {kind}")
-        kind, size = self._types.get(weight), math.prod(self._shapes.get(weight, (0,)))
+        kind, size = self._kind_and_size(weight)
         if size * _STORAGE.get(kind or "", 0) != (wanted := -(-math.prod(state.shape) // 2)):
             faults.append(f"{weight}: {size} of type {kind}, expected {wanted} bytes of codes")
         return faults
+
+    def _kind_and_size(self, name: str) -> tuple[str | None, int]:
+        """Of a tensor its type and how many numbers it has; (None, 0) if it is not there."""
+        stored = self._stored.get(name)
+        return (stored.kind, math.prod(stored.shape)) if stored else (None, 0)
 
     def _place(self, parameter: Parameter) -> None:
         """Finds out what of one leaf cannot be taken over."""
@@ -158,8 +161,7 @@ class BitsandbytesFolder(SafetensorsFolder):
         """The stored tensors of one weight, by the names that `quant.bnb` has for them."""
         tensors = {}
         for suffix in ("", *(f".{part}" for part in state.parts())):
-            with open_safetensors(self._file_of[name + suffix]) as opened:
-                tensors[suffix[1:] or "packed"] = opened.get_tensor(name + suffix)
+            tensors[suffix[1:] or "packed"] = self._stored[name + suffix].read()
         for suffix, table in state.tables().items():
             self._compare(f"{name}.{suffix}", tensors.pop(suffix), table)
         for suffix, x in tensors.items():

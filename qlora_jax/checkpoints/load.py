@@ -19,11 +19,12 @@ from qlora_jax.checkpoints.encoder import EncoderModel
 from qlora_jax.checkpoints.gguf import GGUFFile
 from qlora_jax.checkpoints.heads import EncoderTensors, HeadRequest
 from qlora_jax.checkpoints.hub import download
+from qlora_jax.checkpoints.json_files import read_json
 from qlora_jax.checkpoints.model import Model
 from qlora_jax.checkpoints.names import OnTensor, Place, count_tensors, parameters
 from qlora_jax.checkpoints.on_disk import OnDisk
 from qlora_jax.checkpoints.seq2seq import Seq2SeqModel
-from qlora_jax.checkpoints.tensors import SafetensorsFolder, Tensors, read_json
+from qlora_jax.checkpoints.tensors import SafetensorsFolder, Tensors
 from qlora_jax.checkpoints.torch_files import TorchFolder
 from qlora_jax.errors import QloraError
 from qlora_jax.lora.adapters import named_leaves
@@ -92,8 +93,12 @@ def load(
     tokens = read_tokenizer()
     choose, total = policy or Policy(), count_tensors(config)
     params: dict[str, Any] = {}
-    for parameter in parameters(config):
-        use = quantization if choose.selects(parameter.path, parameter.shape) else None
+    chosen = [
+        (p, quantization if choose.selects(p.path, p.shape) else None) for p in parameters(config)
+    ]
+    # What stays dense comes first: it has the largest tensors, and compiling what quantizes takes
+    # memory that is not given back.
+    for parameter, use in sorted(chosen, key=lambda pair: pair[1] is not None):
         if parameter.path in made:
             leaf = request.make(parameter, config, dtype)
             leaf = quantize(leaf, use, name=parameter.path) if use else leaf

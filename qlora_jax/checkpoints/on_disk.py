@@ -54,9 +54,10 @@ class OnDisk:
         read = self.tensors.read(parameter, layer)
         self.told()
         if isinstance(read, QuantizedArray):
-            return jax.tree.map(jnp.asarray, read)
+            # Copies: what was read may be the mapped file, which others may write to.
+            return jax.tree.map(jnp.array, read)
         if quantization is not None:
-            return quantize(_ours(read, parameter.transposed, None), quantization, name=name)
+            return quantize(_to_quantize(read, parameter.transposed), quantization, name=name)
         kept = jnp.float32 if parameter.path.endswith("/scale") else self.dtype
         if self.dtype is None:
             x = parameter.to_file(read).astype(kept or read.dtype, copy=False)
@@ -74,9 +75,10 @@ class OnDisk:
             return first
         whole = jax.tree.map(lambda leaf: _room(stack, leaf), first)
         whole = _write(whole, first, parameter.at(0))
+        del first
         for layer in range(1, parameter.layers):
-            layer_leaf = self.placed(self[parameter.at(layer)])
-            whole = _write(whole, layer_leaf, parameter.at(layer))
+            # Without a name, so that it is gone before the next one is read.
+            whole = _write(whole, self.placed(self[parameter.at(layer)]), parameter.at(layer))
         return whole
 
 
@@ -88,6 +90,14 @@ def _room(stack: tuple[int, ...], leaf: jax.Array) -> jax.Array:
     spec = PartitionSpec(*(None,) * len(stack), *sharding.spec)
     make = functools.partial(jnp.zeros, shape, leaf.dtype)
     return jax.jit(make, out_shardings=NamedSharding(sharding.mesh, spec))()
+
+
+def _to_quantize(x: np.ndarray, transpose: bool) -> jax.Array:
+    """x, transposed, on the device; on a CPU it may be the mapped file itself."""
+    if jax.default_backend() != "cpu":
+        return _ours(x, transpose, None)
+    # A compiled transpose would get a copy of x first, unless that lies at a multiple of 64 bytes.
+    return jax.device_put(x.T if transpose else x)
 
 
 # Compiled, so that neither a second copy nor a mask of the tensor's size is made on the way.

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from qlora_jax.checkpoints.tensors import parse_json
+from qlora_jax.checkpoints.json_files import parse_json
 from qlora_jax.errors import QloraError
 from qlora_jax.models.typed import checked, needed
 from qlora_jax.quant import QuantConfig, codebooks

@@ -12,9 +12,9 @@ from jax.typing import DTypeLike
 
 from qlora_jax.checkpoints.export import save_config, save_tokenizer
 from qlora_jax.checkpoints.folder import new_folder
+from qlora_jax.checkpoints.json_files import read_json
 from qlora_jax.checkpoints.model import Model
 from qlora_jax.checkpoints.names import Place
-from qlora_jax.checkpoints.tensors import read_json
 from qlora_jax.errors import QloraError, reason
 from qlora_jax.lora.tree import named_leaves
 from qlora_jax.models import abstract_params

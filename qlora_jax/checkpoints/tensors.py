@@ -1,10 +1,8 @@
 """Where tensors are read from, one at a time: a folder of safetensors."""
 
 import abc
-import contextlib
 import dataclasses
-import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -12,8 +10,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from qlora_jax.checkpoints.json_files import read_json
 from qlora_jax.checkpoints.names import Parameter
-from qlora_jax.errors import QloraError, missing
+from qlora_jax.checkpoints.safetensors_files import FLOATING, Stored, read_header
+from qlora_jax.errors import QloraError
 from qlora_jax.quant import QuantizedArray
 
 INDEX = "model.safetensors.index.json"
@@ -74,51 +74,26 @@ class SafetensorsFolder(HuggingFaceNames):
 
     def __init__(self, folder: Path) -> None:
         self.source = str(folder)
-        self._file_of: dict[str, Path] = {}
-        self._shapes: dict[str, tuple[int, ...]] = {}
-        self._types: dict[str, str] = {}
+        self._stored: dict[str, Stored] = {}
         files = list_files(folder, SINGLE, INDEX)
         for file in files.present:
-            with open_safetensors(file) as opened:
-                _refuse_doubles(file)
-                for name in opened.keys():  # noqa: SIM118 (no mapping)
-                    if name in self._file_of:
-                        raise QloraError(f"{name}: in {self._file_of[name]} and in {file}")
-                    self._file_of[name] = file
-                    header = opened.get_slice(name)
-                    self._shapes[name] = tuple(header.get_shape())
-                    self._types[name] = header.get_dtype()
-        files.check(self._file_of)
+            for name, stored in read_header(file).items():
+                if name in self._stored:
+                    raise QloraError(f"{name}: in {self._stored[name].file} and in {file}")
+                self._stored[name] = stored
+        files.check({name: stored.file for name, stored in self._stored.items()})
+        self._shapes = {name: stored.shape for name, stored in self._stored.items()}
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
         return self._shapes
 
     def not_floating(self) -> dict[str, str]:
         # The others are I64, U8, BOOL and the like, and F8_E4M3 and its kin, which need scales.
-        known = ("F64", "F32", "F16", "BF16")
-        return {n: kind for n, kind in self._types.items() if kind not in known}
+        kinds = {name: stored.kind for name, stored in self._stored.items()}
+        return {name: kind for name, kind in kinds.items() if kind not in FLOATING}
 
     def read(self, parameter: Parameter, layer: int) -> np.ndarray:
-        name = self.name(parameter, layer)
-        # Opened for each tensor, since an open file keeps every page that was read mapped.
-        with open_safetensors(self._file_of[name]) as opened:
-            return opened.get_tensor(name)
-
-
-@contextlib.contextmanager
-def open_safetensors(file: Path) -> Iterator[Any]:
-    """The file opened by the safetensors package; its complaints become QloraError."""
-    try:
-        from safetensors import SafetensorError, safe_open
-    except ModuleNotFoundError as error:
-        raise missing("safetensors", f"reading {file}", "hf") from error
-    try:
-        with safe_open(file, framework="np") as opened:
-            yield opened
-    except (SafetensorError, OSError) as error:
-        raise QloraError(
-            f"{file}: cannot be read as safetensors ({error}); incomplete download?"
-        ) from error
+        return self._stored[self.name(parameter, layer)].read()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -163,51 +138,6 @@ def _read_index(index: Path) -> dict[str, Path]:
     return {name: folder / str(file) for name, file in weight_map.items()}
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """The JSON object in a file; QloraError if it holds anything else."""
-    try:
-        return parse_json(path.read_bytes())
-    except FileNotFoundError as error:
-        raise QloraError(f"{path} is not there") from error
-    except NotADirectoryError as error:
-        raise QloraError(f"{path} is not there, since {path.parent} is no folder") from error
-    except IsADirectoryError as error:
-        raise QloraError(f"{path} is a folder; expected a JSON file") from error
-    except QloraError as error:
-        raise QloraError(f"{path}: {error}") from error
-
-
-def parse_json(text: bytes) -> dict[str, Any]:
-    """The JSON object that a text is; QloraError if it is anything else."""
-    try:
-        content = json.loads(text.decode("utf-8"), object_pairs_hook=_unique)
-    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
-        raise QloraError(f"not JSON ({error})") from error
-    if not isinstance(content, dict):
-        raise QloraError(f"expected a JSON object, found {type(content).__name__}")
-    return content
-
-
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """A JSON object, in which no name may stand twice: readers differ in which one counts."""
-    content = dict(pairs)
-    if len(content) < len(pairs):
-        names = [name for name, _ in pairs]
-        double = next(name for name in names if names.count(name) > 1)
-        raise QloraError(f"the name {double!r} stands in it twice")
-    return content
-
-
-def _refuse_doubles(file: Path) -> None:
-    """Raises QloraError for a safetensors file with two tensors of a name; it was opened before."""
-    with file.open("rb") as opened:
-        header = opened.read(int.from_bytes(opened.read(8), "little"))
-    try:
-        json.loads(header, object_pairs_hook=_unique)
-    except QloraError as error:
-        raise QloraError(f"{file}: {error}") from error
-
-
 def fault_of(x: Any) -> str | None:
     """What keeps an array from being a weight, or None: its type, or numbers that are not finite.
 
@@ -222,11 +152,18 @@ def fault_of(x: Any) -> str | None:
 
 def _count_not_finite(x: Any) -> int:
     if not isinstance(x, np.ndarray):
-        return int(_count_on_device(x))
+        return 0 if _all_finite(x) else int(_count_on_device(x))
     # Some rows at a time: the device would get a copy of the whole, the mask be half as large.
     rows = max(1, (1 << 22) * len(x) // max(x.size, 1)) if x.ndim else 1
     pieces = (x[at : at + rows] for at in range(0, len(x), rows)) if x.ndim else (x,)
     return sum(int(np.sum(~np.isfinite(piece))) for piece in pieces)
+
+
+# Asked before counting, for which XLA on a CPU keeps four bytes for each element instead of one. (A
+# maximum would take none, but loses a NaN there.)
+@jax.jit
+def _all_finite(x: jax.Array) -> jax.Array:
+    return jnp.all(jnp.isfinite(x))
 
 
 @jax.jit

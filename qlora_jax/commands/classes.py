@@ -9,7 +9,7 @@ from typing import Any
 from qlora_jax.checkpoints import peft
 from qlora_jax.checkpoints.encoder import EncoderModel
 from qlora_jax.checkpoints.folder import new_file
-from qlora_jax.checkpoints.tensors import read_json
+from qlora_jax.checkpoints.json_files import read_json
 from qlora_jax.errors import QloraError
 from qlora_jax.models.encoder_config import CLASSIFICATION, EncoderConfig
 

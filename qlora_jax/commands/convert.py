@@ -14,10 +14,10 @@ from qlora_jax.checkpoints.bitsandbytes_export import save_bitsandbytes
 from qlora_jax.checkpoints.export import save_pretrained
 from qlora_jax.checkpoints.folder import check_new
 from qlora_jax.checkpoints.gguf_export import save_gguf
+from qlora_jax.checkpoints.json_files import read_json
 from qlora_jax.checkpoints.load import is_four_bit, load, load_lazily, locate
 from qlora_jax.checkpoints.model import Model
 from qlora_jax.checkpoints.names import OnTensor
-from qlora_jax.checkpoints.tensors import read_json
 from qlora_jax.commands.classes import head_of, with_labels
 from qlora_jax.commands.progress import counting
 from qlora_jax.errors import QloraError

@@ -10,7 +10,7 @@ from typing import Annotated, Literal
 import tyro
 
 from qlora_jax.checkpoints.hub import download_config
-from qlora_jax.checkpoints.tensors import read_json
+from qlora_jax.checkpoints.json_files import read_json
 from qlora_jax.cli import parse
 from qlora_jax.commands.options import DType, Format
 from qlora_jax.commands.train import Train

@@ -147,11 +147,10 @@ def quantize(
     x = jnp.asarray(x)
     _check(x, name, axes)
     if not isinstance(x, Tracer):
-        bad = int(_count_unusable(x))
-        if bad:
+        if not _all_usable(x):
             raise QloraError(
-                f"{name}: {bad} of {x.size} elements are not finite (or beyond 2^126); "
-                "such a weight cannot be quantized: check the checkpoint it came from"
+                f"{name}: {_count_unusable(x)} of {x.size} elements are not finite (or beyond "
+                "2^126); such a weight cannot be quantized: check the checkpoint it came from"
             )
         return _quantize_jit(x, config, axes, implementation)
     return _quantize(x, config, axes, implementation)
@@ -197,7 +196,17 @@ def _quantize(
 _quantize_jit = jax.jit(_quantize, static_argnums=(1, 2, 3))
 
 
+# "Not small enough" rather than "too large", so that NaN counts.
+def _usable(x: jax.Array) -> jax.Array:
+    return jnp.abs(x).astype(jnp.float32) <= blockwise.LARGEST
+
+
+# Asked before counting, for which XLA on a CPU keeps four bytes for each element instead of one.
+@jax.jit
+def _all_usable(x: jax.Array) -> jax.Array:
+    return jnp.all(_usable(x))
+
+
 @jax.jit
 def _count_unusable(x: jax.Array) -> jax.Array:
-    # "Not small enough" rather than "too large", so that NaN counts.
-    return jnp.sum(~(jnp.abs(x).astype(jnp.float32) <= blockwise.LARGEST))
+    return jnp.sum(~_usable(x))

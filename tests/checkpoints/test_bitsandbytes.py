@@ -99,6 +99,15 @@ def test_codes_and_scales_in_and_out(codebook, block_size, double_quant, storage
     assert again.tokenizer("abc")["input_ids"] == model.tokenizer("abc")["input_ids"]
 
 
+def test_a_model_does_not_change_with_its_file(folder, copy):
+    params = qj.load(copy).params
+    file = copy / "model.safetensors"
+    with file.open("r+b") as opened:
+        opened.write(bytes(file.stat().st_size))
+    for x, y in zip(*map(jax.tree.leaves, (params, qj.load(folder).params)), strict=True):
+        np.testing.assert_array_equal(x, y)
+
+
 def test_it_computes_what_the_dequantized_weights_compute(base, folder, tmp_path):
     stored = tensors_of(folder)
     dense = Path(shutil.copytree(base, tmp_path / "dense"))

@@ -15,9 +15,13 @@ from safetensors.numpy import load_file, save_file
 import qlora_jax as qj
 from qlora_jax.checkpoints import export, hub, shards
 from qlora_jax.checkpoints.folder import new_folder
+from qlora_jax.checkpoints.json_files import read_json
+from qlora_jax.checkpoints.load import load_lazily
+from qlora_jax.checkpoints.names import parameters
 from qlora_jax.checkpoints.quantized import save_quantized
-from qlora_jax.checkpoints.tensors import list_files, read_json
+from qlora_jax.checkpoints.tensors import SafetensorsFolder, list_files
 from qlora_jax.lora.adapters import named_leaves
+from qlora_jax.models import read_config
 from tests import tiny
 
 pytestmark = pytest.mark.standard_promotion
@@ -52,6 +56,20 @@ def split(folder: Path) -> dict[str, str]:
     return weight_map
 
 
+def move_data(file: Path, begin: int) -> None:
+    """Pads the header of a safetensors file so that its data begin at 64 n + `begin`."""
+    whole = file.read_bytes()
+    end = 8 + int.from_bytes(whole[:8], "little")
+    header = whole[8:end] + b" " * ((begin - end) % 64)
+    file.write_bytes(len(header).to_bytes(8, "little") + header + whole[end:])
+
+
+def overwrite(file: Path) -> None:
+    """Zeros in the place of all bytes of a file, which stays the same file."""
+    with file.open("r+b") as opened:
+        opened.write(bytes(file.stat().st_size))
+
+
 def same(a: object, b: object) -> bool:
     return jax.tree.all(jax.tree.map(lambda x, y: bool((x == y).all()), a, b))
 
@@ -77,6 +95,34 @@ def test_quantizing_while_loading_is_quantizing_afterwards(folder):
     assert same(at_once, later)
     kernels = [x for x in named_leaves(at_once).values() if isinstance(x, qj.QuantizedArray)]
     assert len(kernels) == 7
+
+
+@pytest.mark.parametrize("begin", [0, 8, 1])
+@pytest.mark.parametrize("quantization", [None, qj.NF4()])
+def test_a_model_does_not_change_with_its_file(begin, quantization, copy):
+    """Tensors are mapped where they lie, also where no type would be aligned."""
+    before = qj.load(copy, quantization=quantization).params
+    file = copy / "model.safetensors"
+    move_data(file, begin)
+    params = qj.load(copy, quantization=quantization).params
+    overwrite(file)
+    assert same(params, before)
+    with pytest.raises(qj.QloraError, match="cannot be read as safetensors"):
+        qj.load(copy)
+
+
+def test_no_copy_is_made_of_what_is_read(folder):
+    tensors = SafetensorsFolder(folder)
+    for parameter in parameters(read_config(read_json(folder / "config.json"))):
+        x = tensors.read(parameter, 0)
+        assert isinstance(x.base, np.memmap) and not x.flags.writeable
+
+
+def test_a_file_that_shrinks_after_it_was_opened(copy):
+    lazily = load_lazily(copy)
+    (copy / "model.safetensors").write_bytes(b"")
+    with pytest.raises(qj.QloraError, match=r"embed_tokens\.weight cannot be read"):
+        lazily.params["embed_tokens"]["embedding"].read()
 
 
 def test_shards_are_read_like_one_file(folder, copy):

@@ -7,7 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from qlora_jax.quant import NF4, nf4_matmul, pieces, quantize
+from qlora_jax.checkpoints import tensors
+from qlora_jax.quant import NF4, array, nf4_matmul, pieces, quantize
 
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16, jnp.float16])
@@ -16,6 +17,13 @@ def test_temporaries_stay_near_one_more_tensor(dtype):
     compiled = jax.jit(lambda x: quantize(x, NF4())).lower(x).compile()
     temporary = compiled.memory_analysis().temp_size_in_bytes
     assert temporary <= 1.25 * x.size * np.dtype(dtype).itemsize
+
+
+@pytest.mark.parametrize("check", [array._all_usable, tensors._all_finite])
+def test_looking_for_odd_numbers_takes_less_than_a_tensor(check):
+    """Counting them would take four bytes for each element."""
+    compiled = check.lower(jax.ShapeDtypeStruct((2048, 4096), jnp.bfloat16)).compile()
+    assert compiled.memory_analysis().temp_size_in_bytes < 1.5 * 2048 * 4096
 
 
 def test_a_large_weight_is_decoded_in_pieces(monkeypatch):

@@ -5,6 +5,7 @@ from pathlib import Path
 import numpy as np
 
 from qlora_jax.checkpoints.any_model import AnyModel
+from qlora_jax.checkpoints.json_files import read_json
 from qlora_jax.checkpoints.names import parameters
 from qlora_jax.checkpoints.peft.description import (
     CONFIG,
@@ -18,7 +19,7 @@ from qlora_jax.checkpoints.peft.experts import split_experts
 from qlora_jax.checkpoints.peft.read_lora import LoraReading
 from qlora_jax.checkpoints.peft.read_vera import VeraReading
 from qlora_jax.checkpoints.peft.tied import check_tied, tied_head
-from qlora_jax.checkpoints.tensors import open_safetensors, read_json
+from qlora_jax.checkpoints.safetensors_files import read_header
 from qlora_jax.checkpoints.torch_files import load_tensors, to_numpy
 from qlora_jax.errors import QloraError
 from qlora_jax.lora import Adapters, LoraConfig, VeraConfig
@@ -68,8 +69,8 @@ def tensor_shapes(folder: str | Path) -> dict[str, tuple[int, ...]]:
 
 def _read_tensors(folder: Path) -> dict[str, np.ndarray]:
     if (folder / WEIGHTS).is_file():
-        with open_safetensors(folder / WEIGHTS) as file:
-            return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        # Copies: an adapter is small, and may be saved again to where it lies.
+        return {name: np.array(at.read()) for name, at in read_header(folder / WEIGHTS).items()}
     if not (folder / OLD_WEIGHTS).is_file():
         raise QloraError(f"{folder}: neither {WEIGHTS} nor {OLD_WEIGHTS} is there")
     return {name: to_numpy(x) for name, x in load_tensors(folder / OLD_WEIGHTS).items()}
