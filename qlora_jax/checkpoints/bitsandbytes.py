@@ -161,7 +161,9 @@ class BitsandbytesFolder(SafetensorsFolder):
         """The stored tensors of one weight, by the names that `quant.bnb` has for them."""
         tensors = {}
         for suffix in ("", *(f".{part}" for part in state.parts())):
-            tensors[suffix[1:] or "packed"] = self._stored[name + suffix].read()
+            x = self._stored[name + suffix].read()
+            # Codes are put into another order anyway; what is kept as it is must be a copy.
+            tensors[suffix[1:] or "packed"] = np.array(x) if suffix else x
         for suffix, table in state.tables().items():
             self._compare(f"{name}.{suffix}", tensors.pop(suffix), table)
         for suffix, x in tensors.items():

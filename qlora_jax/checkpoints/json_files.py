@@ -25,7 +25,7 @@ def parse_json(text: bytes) -> dict[str, Any]:
     """The JSON object that a text is; QloraError if it is anything else."""
     try:
         content = json.loads(text.decode("utf-8"), object_pairs_hook=_unique)
-    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:
         raise QloraError(f"not JSON ({error})") from error
     if not isinstance(content, dict):
         raise QloraError(f"expected a JSON object, found {type(content).__name__}")

@@ -70,9 +70,9 @@ def load(
     place         puts each parameter onto a mesh as it is read (see `parallel.put_parameter`)
 
     Tensors are read and quantized one after the other: the host never holds more than the result,
-    or its part of it, and two tensors. Raises QloraError for what cannot be read, with every tensor
-    listed that is missing, surplus, misshapen or not of floating-point numbers, and for weights not
-    finite.
+    or its part of it, and two tensors, besides what compiling takes (about 100 MB, once). Raises
+    QloraError for what cannot be read, with every tensor listed that is missing, surplus, misshapen
+    or not of floating-point numbers, and for weights not finite.
     """
     if not isinstance(quantization, QuantConfig | None):
         raise QloraError(f"quantization is {quantization!r}; expected NF4(), FP4() or None")

@@ -22,9 +22,9 @@ class OnDisk:
     """A leaf of the parameter tree in its file: `read()` is all of it, `leaf[p.at(i)]` a layer.
 
     quantization: what a layer becomes on the way, None: what it is, of `dtype` if it is dense, or,
-    without one, of its own, and then a NumPy array, of which no copy is made. Norm scales, which
-    take little room, are fp32. told: called after every layer. placed: puts a layer where it is to
-    lie, over several devices if it has a sharding.
+    without one, of its own: then layers are NumPy arrays, read-only if they are mapped, and are not
+    stacked. Norm scales, which take little room, are fp32. told: called after every layer. placed:
+    puts a layer where it is to lie, over several devices if it has a sharding.
     """
 
     parameter: Parameter
@@ -54,10 +54,11 @@ class OnDisk:
         read = self.tensors.read(parameter, layer)
         self.told()
         if isinstance(read, QuantizedArray):
-            # Copies: what was read may be the mapped file, which others may write to.
-            return jax.tree.map(jnp.array, read)
+            return jax.tree.map(jnp.asarray, read)
         if quantization is not None:
-            return quantize(_to_quantize(read, parameter.transposed), quantization, name=name)
+            x = _to_quantize(read, parameter.transposed)
+            # Waited for: x may be the file itself, which others may write to afterwards.
+            return jax.block_until_ready(quantize(x, quantization, name=name))
         kept = jnp.float32 if parameter.path.endswith("/scale") else self.dtype
         if self.dtype is None:
             x = parameter.to_file(read).astype(kept or read.dtype, copy=False)

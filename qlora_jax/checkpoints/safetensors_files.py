@@ -1,6 +1,7 @@
 """A file of safetensors, checked by its package; tensors are mapped, not copied, into memory."""
 
 import dataclasses
+from collections.abc import Mapping
 from pathlib import Path
 
 import jax.numpy as jnp
@@ -8,19 +9,19 @@ import numpy as np
 
 from qlora_jax.checkpoints.json_files import parse_json
 from qlora_jax.errors import QloraError, missing
+from qlora_jax.models.typed import needed
 
 FLOATING = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 """Types that weights may have, as the format calls them -> as NumPy and ml_dtypes do."""
-_TYPES = (
-    FLOATING
-    | {"BOOL": "bool"}
-    | {
-        f"{kind[0].upper()}{bits}": f"{kind}{bits}"
-        for kind in ("int", "uint")
-        for bits in (8, 16, 32, 64)
-    }
-)
-"""All types that NumPy has."""
+TYPES = FLOATING | {
+    "I64": "int64",
+    "I32": "int32",
+    "I16": "int16",
+    "I8": "int8",
+    "U8": "uint8",
+    "BOOL": "bool",
+}
+"""All types that are read and written."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,19 +37,18 @@ class Stored:
     def read(self) -> np.ndarray:
         """Its numbers, read-only and mapped: they change with the file, and take no memory of the
         process, where the package's own `get_tensor` makes a copy."""
-        if self.kind not in _TYPES:
+        if self.kind not in TYPES:
             raise QloraError(
-                f"{self.file}: {self.name} is of type {self.kind}, expected {', '.join(_TYPES)}"
+                f"{self.file}: {self.name} has the type {self.kind}, expected floating-point "
+                "numbers of at least 16 bits"
             )
-        dtype = jnp.dtype(_TYPES[self.kind])
-        if 0 in self.shape:
-            return np.zeros(self.shape, dtype)
+        dtype = jnp.dtype(TYPES[self.kind])
         try:
+            if 0 in self.shape:  # which nothing can be mapped for
+                return np.zeros(self.shape, dtype)
             mapped = np.memmap(self.file, dtype, "r", self.offset, self.shape)
         except (OSError, ValueError) as error:
-            raise QloraError(
-                f"{self.file}: {self.name} cannot be read ({error}); was the file changed?"
-            ) from error
+            raise QloraError(f"{self.file}: {self.name} cannot be read ({error})") from error
         return mapped.view(np.ndarray)
 
 
@@ -59,21 +59,22 @@ def read_header(file: Path) -> dict[str, Stored]:
     except ModuleNotFoundError as error:
         raise missing("safetensors", f"reading {file}", "hf") from error
     try:
-        with safe_open(file, framework="np"), file.open("rb") as opened:
-            length = int.from_bytes(opened.read(8), "little")
-            header = opened.read(length)
+        with safe_open(file, framework="np") as opened, file.open("rb") as raw:
+            slices = {name: opened.get_slice(name) for name in opened.keys()}  # noqa: SIM118
+            about = {name: (x.get_dtype(), tuple(x.get_shape())) for name, x in slices.items()}
+            length = int.from_bytes(raw.read(8), "little")
+            header = raw.read(length)
     except (SafetensorError, OSError) as error:
         raise QloraError(
             f"{file}: cannot be read as safetensors ({error}); incomplete download?"
         ) from error
+    found = {}
     try:
-        tensors = parse_json(header)
+        # The package does not say where a tensor lies.
+        content = parse_json(header)
+        for name, (kind, shape) in about.items():
+            begin, _ = needed(needed(content, name, Mapping), "data_offsets", list)
+            found[name] = Stored(file, name, kind, shape, 8 + length + begin)
     except QloraError as error:
         raise QloraError(f"{file}: {error}") from error
-    tensors.pop("__metadata__", None)
-    found = {}
-    for name, about in tensors.items():
-        begin, _ = about["data_offsets"]
-        shape = tuple(about["shape"])
-        found[name] = Stored(file, name, about["dtype"], shape, 8 + length + begin)
     return found

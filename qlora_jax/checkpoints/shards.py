@@ -13,24 +13,14 @@ from typing import Any
 
 import numpy as np
 
+from qlora_jax.checkpoints.safetensors_files import TYPES
 from qlora_jax.checkpoints.tensors import INDEX, SINGLE
 from qlora_jax.errors import QloraError
 
 SHARD_BYTES = 5 * 10**9
 """Of a file at most, unless one tensor alone is larger."""
 
-_TYPES = {
-    "float64": "F64",
-    "float32": "F32",
-    "float16": "F16",
-    "bfloat16": "BF16",
-    "int64": "I64",
-    "int32": "I32",
-    "int16": "I16",
-    "int8": "I8",
-    "uint8": "U8",
-    "bool": "BOOL",
-}
+_KINDS = {name: kind for kind, name in TYPES.items()}
 
 
 def write_shards(folder: Path, tensors: Iterator[tuple[str, np.ndarray]]) -> None:
@@ -81,7 +71,7 @@ class _Shard:
         for name in names:
             dtype, shape, _, nbytes = self.entries[name]
             header[name] = {
-                "dtype": _TYPES[dtype.name],
+                "dtype": _KINDS[dtype.name],
                 "shape": list(shape),
                 "data_offsets": [at, at + nbytes],
             }

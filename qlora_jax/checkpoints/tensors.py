@@ -38,7 +38,8 @@ class Tensors(Protocol):
         ...
 
     def read(self, parameter: Parameter, layer: int) -> np.ndarray | QuantizedArray:
-        """One layer of a parameter, axes and rows ordered as Hugging Face has them.
+        """One layer of a parameter, axes and rows ordered as Hugging Face has them; it may be the
+        mapped file itself, which cannot be written to and changes with it.
 
         Or, from files that hold it in 4 bits, these as they are, axes ordered as here.
         """

@@ -168,6 +168,13 @@ def test_configurations(where, value, folder, tmp_path):
     harmless(lambda: load(tmp_path), (tmp_path / "model.safetensors").stat().st_size)
 
 
+def test_a_number_of_more_digits_than_python_reads(folder, tmp_path):
+    config = (folder / "config.json").read_text().rstrip().removesuffix("}")
+    (tmp_path / "config.json").write_text(config + ', "odd": ' + "1" * 5000 + "}")
+    with pytest.raises(qj.QloraError, match=r"config\.json: not JSON \(Exceeds the limit"):
+        load(tmp_path)
+
+
 @fuzzed
 @given(data=st.data())
 def test_gguf_bytes(data, gguf_file, tmp_path):

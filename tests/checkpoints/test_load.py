@@ -19,6 +19,7 @@ from qlora_jax.checkpoints.json_files import read_json
 from qlora_jax.checkpoints.load import load_lazily
 from qlora_jax.checkpoints.names import parameters
 from qlora_jax.checkpoints.quantized import save_quantized
+from qlora_jax.checkpoints.safetensors_files import read_header
 from qlora_jax.checkpoints.tensors import SafetensorsFolder, list_files
 from qlora_jax.lora.adapters import named_leaves
 from qlora_jax.models import read_config
@@ -109,6 +110,32 @@ def test_a_model_does_not_change_with_its_file(begin, quantization, copy):
     assert same(params, before)
     with pytest.raises(qj.QloraError, match="cannot be read as safetensors"):
         qj.load(copy)
+
+
+@pytest.mark.parametrize("begin", [0, 8])
+def test_nor_while_it_is_quantized(begin, tmp_path):
+    """GPT-2's weights lie as ours do, so that a CPU may work on the mapped file itself."""
+    sizes = {"vocab_size": 16, "n_positions": 8, "n_layer": 1, "n_head": 4, "n_embd": 1024}
+    about = {"model_type": "gpt2"} | sizes
+    rng = np.random.default_rng(0)
+    save_file(
+        {
+            parameter.hf_name(0): rng.standard_normal(parameter.file_shape, np.float32)
+            for parameter in parameters(read_config(about))
+        },
+        tmp_path / "model.safetensors",
+        metadata={"format": "pt"},
+    )
+    (tmp_path / "config.json").write_text(json.dumps(about))
+    before = qj.load(tmp_path, quantization=qj.NF4()).params
+    file = tmp_path / "model.safetensors"
+    move_data(file, begin)
+    last = read_header(file)["transformer.h.0.mlp.c_proj.weight"]
+    with file.open("r+b") as opened:
+        params = qj.load(tmp_path, quantization=qj.NF4()).params
+        opened.seek(last.offset)
+        opened.write(bytes(4 * 4096 * 1024))
+    assert same(params, before)
 
 
 def test_no_copy_is_made_of_what_is_read(folder):

@@ -179,6 +179,17 @@ def test_modules_trained_in_full_may_not_be_missing(model, tmp_path):
         qj.peft.load(tmp_path, model)
 
 
+def test_an_adapter_does_not_change_with_its_file(model, saved):
+    before, _ = qj.peft.load(saved, model)
+    adapters, _ = qj.peft.load(saved, model)
+    file = saved / "adapter_model.safetensors"
+    with file.open("r+b") as opened:
+        opened.write(bytes(file.stat().st_size))
+    for x, y in zip(*map(jax.tree.leaves, (adapters, before)), strict=True):
+        np.testing.assert_array_equal(x, y)
+        assert np.any(x)
+
+
 def test_factors_must_be_finite_floating_point_numbers(model, saved):
     file = saved / "adapter_model.safetensors"
     tensors = load_file(file)

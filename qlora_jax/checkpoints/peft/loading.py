@@ -40,7 +40,8 @@ def load(folder: str | Path, model: AnyModel) -> tuple[Adapters, LoraConfig | Ve
     about = read_json(folder / CONFIG)
     conv1d = bool(family_of(model.config).as_stored)
     check_supported(about, folder / CONFIG, conv1d=conv1d)
-    tensors = _read_tensors(folder)
+    # Copies: an adapter is small, and may be saved again to where it lies.
+    tensors = {name: np.array(x) for name, x in _read_tensors(folder).items()}
     if about.get("ensure_weight_tying"):
         for name, x in tied_head(tensors, model).items():
             if name in tensors and np.array_equal(tensors[name], x):
@@ -69,8 +70,7 @@ def tensor_shapes(folder: str | Path) -> dict[str, tuple[int, ...]]:
 
 def _read_tensors(folder: Path) -> dict[str, np.ndarray]:
     if (folder / WEIGHTS).is_file():
-        # Copies: an adapter is small, and may be saved again to where it lies.
-        return {name: np.array(at.read()) for name, at in read_header(folder / WEIGHTS).items()}
+        return {name: stored.read() for name, stored in read_header(folder / WEIGHTS).items()}
     if not (folder / OLD_WEIGHTS).is_file():
         raise QloraError(f"{folder}: neither {WEIGHTS} nor {OLD_WEIGHTS} is there")
     return {name: to_numpy(x) for name, x in load_tensors(folder / OLD_WEIGHTS).items()}
