@@ -136,6 +136,25 @@ def test_a_name_that_stands_twice(folder, tmp_path):
         SafetensorsFolder(tmp_path)
 
 
+@pytest.mark.parametrize("kind", ["F32", {"F32": None}], ids=["text", "object"])
+@pytest.mark.parametrize("form", [list, dict])
+def test_forms_of_a_header_that_its_package_takes_as_well(form, kind, folder, tmp_path):
+    """Its parser takes a list for an object, and an object for a name."""
+    whole = (folder / "model.safetensors").read_bytes()
+    (length,) = struct.unpack("<Q", whole[:8])
+    about = json.loads(whole[8 : 8 + length])
+    entry = about["model.norm.weight"]
+    fields = {key: entry[key] for key in ("dtype", "shape", "data_offsets")} | {"dtype": kind}
+    about["model.norm.weight"] = fields if form is dict else list(fields.values())
+    broken = tmp_path / "model.safetensors"
+    broken.write_bytes(with_header(whole, json.dumps(about).encode()))
+    found = harmless(lambda: SafetensorsFolder(tmp_path).shapes(), len(whole))
+    if form is list:
+        assert "model.norm.weight is" in found
+    else:
+        assert found["model.norm.weight"] == (32,)
+
+
 @fuzzed
 @given(where=paths, value=strange)
 def test_indexes(where, value, folder, tmp_path):

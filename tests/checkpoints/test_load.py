@@ -112,8 +112,7 @@ def test_a_model_does_not_change_with_its_file(begin, quantization, copy):
         qj.load(copy)
 
 
-@pytest.mark.parametrize("begin", [0, 8])
-def test_nor_while_it_is_quantized(begin, tmp_path):
+def test_a_model_does_not_change_with_a_file_that_it_is_quantized_from(tmp_path):
     """GPT-2's weights lie as ours do, so that a CPU may work on the mapped file itself."""
     sizes = {"vocab_size": 16, "n_positions": 8, "n_layer": 1, "n_head": 4, "n_embd": 1024}
     about = {"model_type": "gpt2"} | sizes
@@ -129,7 +128,7 @@ def test_nor_while_it_is_quantized(begin, tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(about))
     before = qj.load(tmp_path, quantization=qj.NF4()).params
     file = tmp_path / "model.safetensors"
-    move_data(file, begin)
+    move_data(file, 0)
     last = read_header(file)["transformer.h.0.mlp.c_proj.weight"]
     with file.open("r+b") as opened:
         params = qj.load(tmp_path, quantization=qj.NF4()).params

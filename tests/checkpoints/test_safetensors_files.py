@@ -26,13 +26,13 @@ KINDS = {
 }
 
 
-def with_header(file: Path, header: bytes, data: bytes) -> Path:
+def write(file: Path, header: bytes, data: bytes) -> Path:
     file.write_bytes(len(header).to_bytes(8, "little") + header + data)
     return file
 
 
 def one_tensor(file: Path, about: Any, data: bytes) -> Path:
-    return with_header(file, json.dumps({"x": about}).encode(), data)
+    return write(file, json.dumps({"x": about}).encode(), data)
 
 
 @pytest.mark.parametrize("shape", [(), (3,), (5, 7), (0, 4), (2, 1, 3)])
@@ -53,7 +53,7 @@ def test_offsets_need_not_be_aligned(tmp_path):
     about = {"dtype": "F32", "shape": [2, 3], "data_offsets": [0, 24]}
     header = json.dumps({"x": about, "__metadata__": {"a": "b"}}).encode()
     for spaces in range(8):
-        file = with_header(tmp_path / "f", header + b" " * spaces, x.tobytes())
+        file = write(tmp_path / "f", header + b" " * spaces, x.tobytes())
         np.testing.assert_array_equal(read_header(file)["x"].read(), x.reshape(2, 3))
 
 
@@ -71,19 +71,3 @@ def test_more_axes_than_numpy_has(tmp_path):
         stored = read_header(one_tensor(tmp_path / "f", about, bytes(size)))["x"]
         with pytest.raises(qj.QloraError, match="x cannot be read"):
             stored.read()
-
-
-@pytest.mark.parametrize(
-    "about",
-    [["F32", [1], [0, 4]], {"dtype": {"F32": None}, "shape": [1], "data_offsets": [0, 4]}],
-    ids=["list", "object"],
-)
-def test_forms_that_the_package_takes_as_well(about, tmp_path):
-    """Its parser also takes a list for an object, and an object for a name."""
-    file = one_tensor(tmp_path / "f", about, np.ones(1, np.float32).tobytes())
-    try:
-        found = read_header(file)
-    except qj.QloraError as error:
-        assert str(file) in str(error)
-    else:
-        assert found["x"].read() == 1
