@@ -101,7 +101,9 @@ class Model:
         self, params: Any, input_ids: jax.Array, *, remat: Remat = "none", **inputs: Any
     ) -> tuple[jax.Array, Cache | None, jax.Array | None]:
         """As `models.apply_hidden`."""
-        run = functools.partial(apply_hidden, self.config, dtype=self.dtype, remat=remat)
+        run = functools.partial(
+            apply_hidden, self.config, dtype=self.dtype, remat=remat, dense=all_dense(params)
+        )
         with split_over(_split(params)):
             return lift(run, strict=True)(params, input_ids, **inputs)
 

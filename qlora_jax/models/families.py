@@ -18,6 +18,7 @@ from jax.typing import DTypeLike
 from qlora_jax.errors import QloraError
 from qlora_jax.models import bert, deberta, gemma, gpt2, llama, moe, phi3, smollm3, t5
 from qlora_jax.models.cache import Cache
+from qlora_jax.models.products import in_pieces
 from qlora_jax.models.remat import Remat
 
 Params = Mapping[str, Any]
@@ -90,12 +91,18 @@ def family_of(config: Any) -> Family:
 
 
 @functools.cache
-def _abstract(config: Any, dtype: np.dtype, param_dtype: np.dtype) -> tuple[Any, Any]:
+def _abstract(
+    config: Any, dtype: np.dtype, param_dtype: np.dtype, dense: bool = False
+) -> tuple[Any, Any]:
     """The module's structure and its parameters as shapes; nothing is allocated."""
     make = family_of(config).module
     model = nnx.eval_shape(
         lambda: make(config, dtype=dtype, param_dtype=param_dtype, rngs=nnx.Rngs(0))
     )
+    if dense:
+        for _, module in nnx.iter_graph(model):
+            if isinstance(module, nnx.Linear):
+                module.dot_general = in_pieces
     return nnx.split(model)
 
 
@@ -114,9 +121,13 @@ def init_params(
     return nnx.to_pure_dict(nnx.state(model))
 
 
-def bind(config: Any, params: Params, dtype: DTypeLike) -> Any:
-    """The family's module with these parameters, computing in `dtype`."""
-    graphdef, _ = _abstract(config, np.dtype(dtype), np.dtype(jnp.float32))
+def bind(config: Any, params: Params, dtype: DTypeLike, *, dense: bool = False) -> Any:
+    """The family's module with these parameters, computing in `dtype`.
+
+    dense: they are arrays, none in 4 bits nor with an adapter, so that `products.in_pieces` can
+    take the linear layers' apart.
+    """
+    graphdef, _ = _abstract(config, np.dtype(dtype), np.dtype(jnp.float32), dense)
     return nnx.merge(graphdef, params)
 
 
@@ -131,6 +142,7 @@ def apply_hidden(
     cache: Cache | None = None,
     dtype: DTypeLike = jnp.float32,
     remat: Remat = "none",
+    dense: bool = False,
 ) -> tuple[jax.Array, Cache | None, jax.Array | None]:
     """A decoder's hidden states after the final norm.
 
@@ -145,11 +157,12 @@ def apply_hidden(
                     inside jit an overflow cannot be detected.
     dtype           of the computation; norms, softmax and rotation are fp32 throughout.
     remat           what the backward pass keeps of each layer: see `remat.RematPolicy`
+    dense           as for `bind`
 
     Returns hidden [B, T, D], the extended cache (None if none was given), and what is to be added
     to the mean loss of the tokens in training, fp32 [] (None for most models: nothing).
     """
-    return bind(config, params, dtype).hidden(
+    return bind(config, params, dtype, dense=dense).hidden(
         input_ids,
         attention_mask=attention_mask,
         segment_ids=segment_ids,
