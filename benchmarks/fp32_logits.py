@@ -3,8 +3,9 @@
     python -m benchmarks.fp32_logits [TEXTS.jsonl [FIELD]]
 
 Of every text (those below, or a field of a file's lines, "question" by default) the largest
-difference of a logit, in 1e-4: ours and transformers' two attentions; and the whole time and memory
-that adding products in pieces (`models.products`) costs. Needs torch and transformers.
+difference of a logit, in 1e-4: ours, with products at once and in pieces (`models.products`), and
+those of transformers' two attentions; and what the pieces cost hidden states in time and memory.
+Needs torch and transformers.
 """
 
 import json

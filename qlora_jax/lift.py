@@ -6,6 +6,7 @@ for the dense product. What a weight is, is known by dataflow alone: nothing is 
 is matched by name or shape.
 """
 
+import contextvars
 import functools
 from collections.abc import Callable
 from typing import Any, TypeVar
@@ -21,6 +22,14 @@ from qlora_jax.lora.dora import settle
 from qlora_jax.quant import path_str
 
 Function = TypeVar("Function", bound=Callable[..., Any])
+
+_tracing = contextvars.ContextVar("_tracing", default=False)
+
+
+def tracing() -> bool:
+    """Whether `lift` traces what calls this: arrays then may stand for weights in 4 bits or with
+    adapters."""
+    return _tracing.get()
 
 
 def lift(fn: Function, *, strict: bool = False) -> Function:
@@ -53,7 +62,11 @@ def lift(fn: Function, *, strict: bool = False) -> Function:
             for i, array in zip(traced, arrays, strict=True):
                 filled[i] = array
             args, kwargs = jax.tree.unflatten(tree, filled)
-            return fn(*args, **kwargs)
+            before = _tracing.set(True)
+            try:
+                return fn(*args, **kwargs)
+            finally:
+                _tracing.reset(before)
 
         jaxpr, out_shape = jax.make_jaxpr(on_arrays, return_shape=True)(
             *(_abstract(leaves[i]) for i in traced)

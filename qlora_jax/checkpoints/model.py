@@ -10,7 +10,7 @@ import numpy as np
 from jax.typing import DTypeLike
 
 from qlora_jax.errors import QloraError
-from qlora_jax.lift import lift
+from qlora_jax.lift import lift, tracing
 from qlora_jax.lora.array import all_dense
 from qlora_jax.models import Cache, DecoderConfig, apply_head, apply_hidden
 from qlora_jax.models.loss import causal_lm_loss, need_labels
@@ -101,9 +101,8 @@ class Model:
         self, params: Any, input_ids: jax.Array, *, remat: Remat = "none", **inputs: Any
     ) -> tuple[jax.Array, Cache | None, jax.Array | None]:
         """As `models.apply_hidden`."""
-        run = functools.partial(
-            apply_hidden, self.config, dtype=self.dtype, remat=remat, dense=all_dense(params)
-        )
+        how = {"dtype": self.dtype, "remat": remat, "dense": all_dense(params) and not tracing()}
+        run = functools.partial(apply_hidden, self.config, **how)
         with split_over(_split(params)):
             return lift(run, strict=True)(params, input_ids, **inputs)
 

@@ -125,7 +125,7 @@ def bind(config: Any, params: Params, dtype: DTypeLike, *, dense: bool = False) 
     """The family's module with these parameters, computing in `dtype`.
 
     dense: they are arrays, none in 4 bits nor with an adapter, so that `products.in_pieces` can
-    take the linear layers' apart.
+    split the linear layers' weights.
     """
     graphdef, _ = _abstract(config, np.dtype(dtype), np.dtype(jnp.float32), dense)
     return nnx.merge(graphdef, params)
